@@ -1,0 +1,144 @@
+"""Settings of the method: frozen records with every unit, default and reason, and the named presets.
+
+Step counts and rates marked [P] are the paper's, [A] the author's prototype's, [O] ours
+(`../shared/method.md` keeps the marks' meaning).
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stage1Settings(_Record):
+    """Colorization with generative colour prior: equations (1) to (3)."""
+
+    num_steps: int = Field(1500, ge=0)
+    """Optimisation steps N1 [P]."""
+    learning_rate: float = Field(1.5e-6, gt=0)
+    """Adam on all UNet weights, at SD-1.5 scale [A]; a smaller model wants a larger rate."""
+    contrastive_weight: float = Field(0.5, ge=0)
+    """w_con of equation (3) [A]."""
+    diffusion_weight: float = Field(1.0, ge=0)
+    """w_diff of equation (3) [A]."""
+    diffusion_target: Literal["noise", "prior"] = "noise"
+    """What equation (2) pulls the prediction to: the drawn noise [P], or the frozen model's own
+    prediction [O], which does not teach the model that the context prompt means gray."""
+    temperature: float = Field(0.01, gt=0)
+    """tau of equation (1): CLIP's own logit scale [A]."""
+    max_timestep: float = Field(1.0, gt=0, le=1)
+    """Largest t drawn, as a fraction of the schedule; 1 is the whole schedule [P]. The one-step
+    clean estimate that CLIP judges is a blur where the noise is strong."""
+    num_views: int = Field(0, ge=0)
+    """Random crops, flips and noisy copies that CLIP judges besides the whole picture [O], against
+    colours that only CLIP likes; 0 is the paper's."""
+    stop_below: float = Field(0.0, ge=0)
+    """End when the running mean of the contrastive loss falls below this (nats) [O]; 0 never ends early."""
+    anti_color_prompts: tuple[str, ...] = (
+        "A grayscale photograph",
+        "A picture with scratches",
+        "Brownish average colors for objects",
+    )
+    """c_k^- of equation (1) [P, figure]."""
+
+
+class SamplingSettings(_Record):
+    """K-step DDIM from the noised latent (eta 0)."""
+
+    num_steps: int = Field(50, ge=1)
+    """K, the DDIM steps of a full schedule; `strength` of them are run."""
+    strength: float = Field(0.8, gt=0, le=1)
+    """Starting noise level, as a fraction of the schedule."""
+    guidance_scale: float = Field(3.0, ge=1)
+    """Classifier-free guidance [A]; 1 is none."""
+    negative_prompt: str = ""
+    """The unconditional branch's prompt; the author's is empty [A]."""
+    project_luminance: bool = True
+    """Replace the luminance of the clean estimate by the scan's at every step [O]: the colours
+    then keep to the scan's own edges. Off for the ablation."""
+
+
+class AlignmentSettings(_Record):
+    """Spatial alignment, equation (4)."""
+
+    enabled: bool = True
+    timestep: int = Field(261, ge=0, le=999)
+    """Noise level at which the frozen UNet's features are read (DIFT) [O]."""
+    up_block: int = Field(1, ge=0)
+    """Which up block's activations are the features; DIFT's is the second [O]."""
+    temperature: float = Field(0.01, gt=0)
+    """tau_a of equation (4) [A]."""
+    radius: int = Field(1, ge=0)
+    """Half side of the search window, in feature cells [O]: the pictures are nearly registered."""
+    min_similarity: float = Field(0.6, ge=-1, le=1)
+    """Cosine similarity below which a cell keeps the colour of its own position [O]."""
+
+
+class Stage2Settings(_Record):
+    """In-context controllable colorization: equations (5) to (7)."""
+
+    embedding_steps: int = Field(500, ge=0)
+    """N2, steps of equation (5), the UNet frozen [P]."""
+    embedding_learning_rate: float = Field(1e-3, gt=0)
+    """Adam on e_opt [A]."""
+    model_steps: int = Field(1000, ge=0)
+    """N3, steps of equation (6), the embedding frozen [P]."""
+    model_learning_rate: float = Field(1e-6, gt=0)
+    """Adam on all UNet weights, at SD-1.5 scale [A]."""
+    use_identifiers: bool = True
+    """Put a rare token before each noun phrase of the context prompt [P]."""
+    alpha: float = Field(1.2, ge=0)
+    """Interpolation of equation (7): 0 is e_opt, 1 the target's embedding, beyond 1 exaggerates [A: 1.2 to 1.4]."""
+
+
+class Settings(_Record):
+    """All that shapes a result besides the picture, the prompts, the seed and the model."""
+
+    working_size_px: int | None = Field(None, gt=0)
+    """Side of the square whose area the picture is scaled to for the model; None is the model's native side."""
+    batch_size: int = Field(1, ge=1)
+    """Noise draws per optimisation step."""
+    stage1: Stage1Settings = Stage1Settings()
+    alignment: AlignmentSettings = AlignmentSettings()
+    stage2: Stage2Settings = Stage2Settings()
+    sampling: SamplingSettings = SamplingSettings()
+
+    def sha256(self) -> str:
+        """Hash of every setting, stable across field order and platforms."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+PRESETS: dict[str, Settings] = {
+    "paper": Settings(),
+    "demo": Settings(
+        batch_size=2,
+        stage1=Stage1Settings(
+            num_steps=24,
+            learning_rate=2e-5,
+            diffusion_target="prior",
+            temperature=0.05,
+            max_timestep=0.6,
+            num_views=2,
+            stop_below=0.1,
+        ),
+        stage2=Stage2Settings(
+            embedding_steps=40, embedding_learning_rate=1e-2, model_steps=40, model_learning_rate=5e-5
+        ),
+        sampling=SamplingSettings(num_steps=25),
+    ),
+}
+
+
+def preset(name: str) -> Settings:
+    """The settings called `name`.
+
+    Raises ValueError with the names there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}: choose one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

@@ -1,0 +1,60 @@
+"""Training data of the demo model: scenes rendered once into a cache, captions drawn anew at each use."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+
+from diffcolor_core.demo.scenes import HUES, NEUTRALS, SceneSpec, caption, draw_scene, render
+
+SIZE_PX = 64
+
+
+def scene_spec(seed: int, index: int) -> SceneSpec:
+    """Scene number `index` of the data set `seed`; the same two numbers always give the same scene."""
+    return draw_scene(np.random.default_rng((seed, index)))
+
+
+def _render_chunk(job: tuple[int, int, int]) -> np.ndarray:
+    import torch
+
+    torch.set_num_threads(1)
+    seed, start, stop = job
+    pictures = [render(scene_spec(seed, i), SIZE_PX).rgb for i in range(start, stop)]
+    return (torch.stack(pictures) * 255).round().byte().numpy()
+
+
+def cached_pictures(folder: Path, *, seed: int, num_scenes: int, num_processes: int = 2) -> np.ndarray:
+    """The rendered scenes as uint8 [N, 3, 64, 64], from `folder` where an earlier call has put them."""
+    path = folder / f"pictures-{seed}-{num_scenes}.npy"
+    if not path.exists():
+        chunk = 500
+        jobs = [(seed, start, min(start + chunk, num_scenes)) for start in range(0, num_scenes, chunk)]
+        with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+            pictures = np.concatenate(pool.map(_render_chunk, jobs, chunksize=1))
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, pictures)
+        partial.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def draw_caption(spec: SceneSpec, rng: np.random.Generator) -> str:
+    """A training caption: each colour word is kept with 88%, and in 8% of captions none is."""
+    given = rng.random(len(spec.regions)) < (0.88 if rng.random() < 0.92 else 0.0)
+    return caption(spec, colors=tuple(bool(g) for g in given), rng=rng)
+
+
+def swap_colors(text: str, rng: np.random.Generator) -> str:
+    """A hard negative: two different colour words of a caption exchanged, or one replaced if there are no two."""
+    words = text.split(" ")
+    places = [i for i, word in enumerate(words) if word in HUES or word in NEUTRALS]
+    if not places:
+        return text
+    first = int(rng.choice(places))
+    others = [i for i in places if words[i] != words[first]]
+    if others and rng.random() < 0.7:
+        second = int(rng.choice(others))
+        words[first], words[second] = words[second], words[first]
+    else:
+        words[first] = str(rng.choice([word for word in HUES if word != words[first]]))
+    return " ".join(words)

@@ -1,0 +1,104 @@
+"""The diffusion process: forward noising, one-step clean estimate, DDIM sampling.
+
+Symbols as in `../shared/method.md`: z latents [B, C, h, w]; t timesteps 0..T-1; abar the cumulative
+noise schedule `alphas_cumprod`; eps standard Gaussian noise; e prompt_embeds [B, tokens, width].
+Both `epsilon` and `v_prediction` checkpoints are served: the model's raw output is turned into the
+clean estimate z0 and the noise eps by the two functions below and nowhere else.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """What is read of a diffusers scheduler."""
+
+    alphas_cumprod: Tensor
+    config: object
+
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(z_t [B, C, h, w], t [B], prompt_embeds [B, tokens, width]) -> the model's raw output, like z_t."""
+
+
+def _abar(schedule: Schedule, t: Tensor, like: Tensor) -> Tensor:
+    return schedule.alphas_cumprod.to(like)[t].view(-1, 1, 1, 1)
+
+
+def add_noise(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps."""
+    abar = _abar(schedule, t, z)
+    return abar.sqrt() * z + (1 - abar).sqrt() * eps
+
+
+def training_target(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the raw output is compared with in equations (2), (5) and (6): eps, or v for v-prediction."""
+    if _predicts_v(schedule):
+        abar = _abar(schedule, t, z)
+        return abar.sqrt() * eps - (1 - abar).sqrt() * z
+    return eps
+
+
+def clean_estimate(schedule: Schedule, z_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """z0^(z_t) and the noise that goes with it, from the model's raw output."""
+    abar = _abar(schedule, t, z_t)
+    if _predicts_v(schedule):
+        z0 = abar.sqrt() * z_t - (1 - abar).sqrt() * output
+        return z0, abar.sqrt() * output + (1 - abar).sqrt() * z_t
+    return (z_t - (1 - abar).sqrt() * output) / abar.sqrt(), output
+
+
+def _predicts_v(schedule: Schedule) -> bool:
+    return getattr(schedule.config, "prediction_type", "epsilon") == "v_prediction"
+
+
+def ddim_timesteps(schedule: Schedule, num_steps: int, strength: float) -> Tensor:
+    """The timesteps to visit, falling: the lowest `strength` of `num_steps` spread over the schedule.
+
+    At strength 1 the first is the schedule's last. At least one step is run.
+    """
+    total = len(schedule.alphas_cumprod)
+    steps = torch.linspace(0, total - 1, num_steps + 1).round().long()[1:]
+    return steps[: max(1, round(num_steps * strength))].flip(0)
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    z_t: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor,
+    *,
+    guidance_scale: float,
+    correct_clean: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021, eta 0) with classifier-free guidance, from z_t to z_0.
+
+    z_t: latents [B, C, h, w] at `timesteps[0]`. Both embeds are [B, tokens, width].
+    `correct_clean` maps each clean estimate to the one that is used (the luminance projection); the
+    noise is made consistent with it.
+    """
+    for i, t in enumerate(timesteps):
+        t_batch = t.expand(len(z_t)).to(z_t.device)
+        if guidance_scale > 1:
+            output = denoiser(
+                torch.cat((z_t, z_t)), torch.cat((t_batch, t_batch)), torch.cat((negative_prompt_embeds, prompt_embeds))
+            )
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        else:
+            output = denoiser(z_t, t_batch, prompt_embeds)
+        z_0, eps = clean_estimate(schedule, z_t, t_batch, output)
+        if correct_clean is not None:
+            z_0 = correct_clean(z_0)
+            abar = _abar(schedule, t_batch, z_t)
+            eps = (z_t - abar.sqrt() * z_0) / (1 - abar).sqrt()
+        if i + 1 == len(timesteps):
+            return z_0
+        z_t = add_noise(schedule, z_0, eps, timesteps[i + 1].expand(len(z_t)).to(z_t.device))
+    raise ValueError("no timesteps to sample")

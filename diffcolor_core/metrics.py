@@ -1,0 +1,33 @@
+"""What is measured of a finished picture."""
+
+import numpy as np
+import torch
+
+from diffcolor_core.color import lightness
+from diffcolor_core.images import Picture, Scan, strips
+
+
+def colorfulness(picture: Picture) -> float:
+    """Hasler and Suesstrunk (2003), signed opponent values on the 0..255 scale; 0 is gray, 109 extremely colorful."""
+    scale = 257.0 if picture.pixels.dtype == np.uint16 else 1.0
+    count, sums, squares = 0, np.zeros(2), np.zeros(2)
+    height, width = picture.pixels.shape[:2]
+    for rows in strips(height, width):
+        r, g, b = np.moveaxis(picture.pixels[rows, :, :3].astype(np.float64) / scale, -1, 0)
+        for i, opponent in enumerate((r - g, (r + g) / 2 - b)):
+            sums[i] += opponent.sum()
+            squares[i] += (opponent**2).sum()
+        count += r.size
+    mean = sums / count
+    variance = np.clip(squares / count - mean**2, 0, None)
+    return float(np.sqrt(variance.sum()) + 0.3 * np.sqrt((mean**2).sum()))
+
+
+def abs_delta_l(scan: Scan, picture: Picture) -> tuple[float, float]:
+    """Mean and 99th percentile of |L*(scan) - L*(picture)|, over every pixel as saved (PNG is lossless)."""
+    maximum = 65535.0 if picture.pixels.dtype == np.uint16 else 255.0
+    difference = np.empty(picture.pixels.shape[:2], np.float32)
+    for rows in strips(difference.shape[0], difference.shape[1]):
+        rgb = torch.from_numpy(picture.pixels[rows, :, :3].astype(np.float64) / maximum).permute(2, 0, 1)
+        difference[rows] = (lightness(rgb)[0] - scan.lightness[0, rows].double()).abs().numpy()
+    return float(difference.mean(dtype=np.float64)), float(np.percentile(difference, 99))

@@ -1,0 +1,257 @@
+"""The command `diffcolor`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Colorize black-and-white photographs by text (DiffColor, arXiv 2308.01655).
+
+    `colorize` does one picture, `run` a whole archive, `query` and `status` read what a run has left.
+
+    Exit codes: **0** all done; **1** failed; **2** wrong usage; **3** a run finished, but some of its
+    images were quarantined or failed: `diffcolor query OUTPUT "select image_key, error_message from
+    results where status <> 'ok'"` names them.""",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ModelOption = Annotated[
+    str, typer.Option(help="`demo`, a local diffusers folder, or a hub id at a commit: `owner/name@commit`.")
+]
+PresetOption = Annotated[
+    str, typer.Option(help="`demo`: seconds on a CPU, for the demo model. `paper`: 1500/500/1000 steps, a GPU's work.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of every random draw: same seed, same bytes.")]
+OutputArgument = Annotated[str, typer.Argument(help="The folder (or fsspec URL) that `diffcolor run` wrote to.")]
+
+
+def _fail(error: Exception, code: int) -> typer.Exit:
+    errors.print(f"diffcolor: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+@app.command()
+def colorize(
+    image: Annotated[Path, typer.Argument(help="The scan: PNG, JPEG, TIFF, WebP, JPEG 2000, PGM, ...")],
+    prompt: Annotated[str, typer.Option(help="What is in it: 'a ball and a box on a table before a wall'.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Colours to give: 'a *red* ball and a *blue* box ...'. Repeat it: one fit serves all."),
+    ] = None,
+    model: ModelOption = "demo",
+    preset: PresetOption = "demo",
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
+) -> None:
+    """Colorize one picture, without Prefect or Ray.
+
+    Writes primary.png (colours from the prompt alone) and target-1.png, target-2.png, ... into OUT.
+
+    Example: `diffcolor colorize scan.png --prompt "a ball and a box on a table before a wall" --target
+    "a red ball and a blue box on a green table before a yellow wall" --out out/one`
+    """
+    from diffcolor_core import DiffColor, preset as settings_preset, read_scan
+
+    targets = target or []
+    try:
+        settings = settings_preset(preset)
+        scan = read_scan(image)
+        pipe = DiffColor.from_pretrained(model, settings=settings, device=device)
+    except (ValueError, OSError) as error:
+        raise _fail(error, 2) from error
+    out.mkdir(parents=True, exist_ok=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        try:
+            fit = pipe.fit(scan, prompt, seed=seed, progress=show)
+        except ValueError as error:
+            raise _fail(error, 2) from error
+        results = {"primary.png": pipe.recolor(fit)}
+        for number, text in enumerate(targets, 1):
+            show("recolor", number - 1, len(targets))
+            results[f"target-{number}.png"] = pipe.recolor(fit, text)
+            show("recolor", number, len(targets))
+    table = Table("file", "prompt", "colorfulness", "CLIP", "p99 |ΔL*|", "seconds")
+    for name, result in results.items():
+        result.image.save(out / name)
+        m = result.metrics
+        figures = (f"{m['colorfulness']:.1f}", f"{m['clip_similarity']:.3f}", f"{m['p99_abs_delta_l']:.3f}")
+        table.add_row(str(out / name), result.prompt, *figures, f"{result.sampling_seconds:.1f}")
+    console.print(table)
+    console.print(f"fitted in {fit.stage1_seconds + fit.stage2_seconds:.1f} s as: {fit.rewritten_prompt}", markup=False)
+
+
+@app.command()
+def run(
+    archive: Annotated[str, typer.Argument(help="Folder or fsspec URL of the scans (s3://..., gs://...).")],
+    output: Annotated[str, typer.Argument(help="Folder or fsspec URL for images and manifest.")],
+    catalog: Annotated[
+        str | None,
+        typer.Option(
+            help="CSV, JSONL or Parquet: image, context_prompt, target_prompt. Default: the archive's catalog.csv."
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Context prompt of images for which the catalog has none.")] = None,
+    model: ModelOption = "demo",
+    preset: PresetOption = "demo",
+    num_actors: Annotated[int, typer.Option(min=1, help="Ray actors: images worked on at a time.")] = 1,
+    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs for each; 0 runs on the CPU.")] = 0.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="An existing Ray cluster. Default: a local Ray for this run.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per Prefect task.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    seed: SeedOption = 0,
+    run_id: Annotated[
+        str | None, typer.Option(help="Name of the run in the manifest. Default: its start time.")
+    ] = None,
+) -> None:
+    """Colorize an archive: the Prefect flow `colorize-archive` in this process, on local Ray by default.
+
+    Running the same command again does only what is not done. Without PREFECT_API_URL, Prefect
+    starts an embedded server for the time of the run.
+
+    Example: `diffcolor run examples/archive out/demo`
+    """
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")  # the progress bar tells the rest
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    from diffcolor_core import preset as settings_preset
+    from diffcolor_core.models import identify
+    from flows.colorize_archive import colorize_archive
+    from tasks.storage import Store
+
+    try:
+        settings_preset(preset)
+        identify(model)
+        if not Store(archive).exists():
+            raise FileNotFoundError(f"there is no archive at {archive!r}")
+    except (ValueError, OSError) as error:
+        raise _fail(error, 2) from error
+    try:
+        summary = colorize_archive(
+            archive=archive,
+            output=output,
+            catalog=catalog,
+            prompt=prompt,
+            model=model,
+            preset=preset,
+            num_actors=num_actors,
+            gpus_per_actor=gpus_per_actor,
+            ray_address=ray_address,
+            shard_size=shard_size,
+            limit=limit,
+            seed=seed,
+            run_id=run_id,
+        )
+    except Exception as error:  # the flow has logged its own trace
+        raise _fail(error, 1) from error
+    console.print(
+        f"{summary['ok']} ok, {summary['quarantined']} quarantined, {summary['failed']} failed "
+        f"({summary['done_before']} of them done before)"
+    )
+    console.print(f"images and manifest: {output}", markup=False, soft_wrap=True)
+    if summary["quarantined"] or summary["failed"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def query(
+    output: OutputArgument,
+    sql: Annotated[str, typer.Argument(help="One SELECT over the views `results` and `attempts`.")],
+    format: Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print the answer.")] = "table",
+) -> None:
+    """Ask the manifest a question in SQL (DuckDB, read-only).
+
+    View `results` has the latest row of each image and variant, `attempts` every row ever written;
+    `describe results` lists the columns.
+
+    Example: `diffcolor query out/demo "select image_key, target_prompt, colorfulness from results"`
+    """
+    from tasks.manifest import ManifestError, query as ask
+    from tasks.storage import Store
+
+    try:
+        relation = ask(Store(output), sql)
+        rows = relation.fetchall()
+    except ManifestError as error:
+        raise _fail(error, 2) from error
+    names = relation.columns
+    if format == "json":
+        typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
+    elif format == "csv":
+        import csv
+
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+    else:
+        _print_table(names, rows)
+
+
+def _print_table(names: list[str], rows: list[tuple[Any, ...]]) -> None:
+    from rich.markup import escape
+
+    table = Table(*map(escape, names))
+    for row in rows:
+        table.add_row(
+            *(
+                "" if value is None else escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+                for value in row
+            )
+        )
+    console.print(table)
+
+
+@app.command()
+def status(output: OutputArgument) -> None:
+    """What has been done in OUTPUT: counts by run and status, the errors, the time it took."""
+    from tasks.manifest import ManifestError, query as ask
+    from tasks.storage import Store
+
+    store = Store(output)
+    questions = (
+        """select run_id as run, status, count(*) as variants, count(distinct image_key) as images,
+               min(started_at)::timestamp(0) as started, max(finished_at)::timestamp(0) as finished,
+               avg(total_seconds) as seconds_each
+           from results group by all order by started, status""",
+        """select error_class as error, count(*) as variants, any_value(image_key) as for_example,
+               any_value(error_message) as message
+           from results where status <> 'ok' group by all order by variants desc limit 20""",
+    )
+    try:
+        for sql in questions:
+            relation = ask(store, sql)
+            rows = relation.fetchall()
+            if rows:
+                _print_table(relation.columns, rows)
+    except ManifestError as error:
+        raise _fail(error, 2) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,124 @@
+"""The flow `colorize-archive`: a folder of scans to colorized images and a manifest."""
+
+import json
+import secrets
+from collections import Counter
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, as_completed
+from pydantic import Field
+
+from diffcolor_core.config import preset as settings_preset
+from diffcolor_core.models import identify
+from tasks.archive import list_work, read_catalog
+from tasks.colorize import ActorPool, colorize_on, ray_actors
+from tasks.manifest import commit_part, latest_rows
+from tasks.planning import RunConfig, Shard, plan_shards
+from tasks.progress import RunProgress
+from tasks.storage import Store
+
+COMMIT_EVERY = 8
+"""Images per manifest part: what a crash may lose of a shard's work."""
+
+
+@task(name="colorize-shard", task_run_name="shard-{shard.number}", cache_policy=NO_CACHE)
+def colorize_shard(
+    shard: Shard, config: RunConfig, pool: ActorPool, progress: RunProgress, invocation: str
+) -> Counter[str]:
+    """Colour a shard's images on one actor and commit their rows in parts."""
+    output = Store(config.output)
+    counts: Counter[str] = Counter()
+    pending: list[dict[str, Any]] = []
+    number = 0
+
+    def commit() -> None:
+        commit_part(output, f"{config.run_id}-{invocation}-{shard.number:06d}-{number:05d}", pending)
+        pending.clear()
+
+    with pool.borrow() as actor:
+        try:
+            for number, planned in enumerate(shard.images, 1):
+                rows = colorize_on(actor, config, planned)
+                pending += rows
+                counts.update(row["status"] for row in rows)
+                progress.image_done(rows)
+                if number % COMMIT_EVERY == 0:
+                    commit()
+        finally:  # also when the run is stopped: what is finished is kept
+            if pending:
+                commit()
+    return counts
+
+
+@flow(name="colorize-archive")
+def colorize_archive(
+    archive: Annotated[str, Field(description="fsspec URL of the folder of scans.")],
+    output: Annotated[str, Field(description="fsspec URL of the folder for images and manifest.")],
+    catalog: Annotated[str | None, Field(description="Catalog URL; default: catalog.csv in the archive.")] = None,
+    prompt: Annotated[str | None, Field(description="Context prompt of images that the catalog has none for.")] = None,
+    model: Annotated[str, Field(description="'demo', a diffusers folder, or 'owner/name@commit'.")] = "demo",
+    preset: Annotated[str, Field(description="Settings of the method: 'demo' or 'paper'.")] = "demo",
+    num_actors: Annotated[int, Field(ge=1, description="Ray actors, one image in flight on each.")] = 1,
+    gpus_per_actor: Annotated[float, Field(ge=0, description="GPUs per actor; 0 runs on the CPU.")] = 0.0,
+    ray_address: Annotated[str | None, Field(description="Ray cluster; default: a local one for this run.")] = None,
+    shard_size: Annotated[int, Field(ge=1, description="Images per Prefect task.")] = 32,
+    limit: Annotated[int | None, Field(ge=1, description="Only the first so many images.")] = None,
+    seed: Annotated[int, Field(description="Seed of every image's random draws.")] = 0,
+    run_id: Annotated[
+        str | None, Field(description="Name of the run in the manifest; default: its start time.")
+    ] = None,
+) -> dict[str, int]:
+    """Colorize what the manifest does not have yet; return how many variants there are now by status.
+
+    Keys: ok, quarantined, failed, and done_before, how many of them earlier runs had done.
+    """
+    logger = get_run_logger()
+    # 1. open the run
+    model_id, model_revision = identify(model)
+    config = RunConfig(
+        run_id=run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
+        archive=archive,
+        output=output,
+        model=model,
+        model_id=model_id,
+        model_revision=model_revision,
+        settings=settings_preset(preset),
+        seed=seed,
+        device="cuda" if gpus_per_actor > 0 else "cpu",
+    )
+    source, target = Store(archive), Store(output)
+    if not source.exists():
+        raise FileNotFoundError(f"there is no archive at {archive!r}")
+    # 2. list the archive and join the catalog; 3. plan
+    work = list_work(source, read_catalog(source, catalog), prompt)[:limit]
+    plan = plan_shards(work, latest_rows(target), config, shard_size)
+    done_before = sum(plan.done_before.values())
+    logger.info("run %s: %d images to do, %d variants done before", config.run_id, plan.num_images, done_before)
+    counts: Counter[str] = Counter(plan.done_before)
+    # 4. one task per shard, each on an actor of its own
+    if plan.shards:
+        invocation = secrets.token_hex(4)
+        target.create(f"runs/{config.run_id}-{invocation}.json", json.dumps(config.record(), indent=2).encode())
+        with (
+            ray_actors(config, num_actors=num_actors, gpus_per_actor=gpus_per_actor, ray_address=ray_address) as pool,
+            RunProgress(plan.num_images, logger) as progress,
+        ):
+            waiting = iter(plan.shards)
+
+            def submit(count: int) -> set[PrefectFuture[Counter[str]]]:
+                return {colorize_shard.submit(s, config, pool, progress, invocation) for s in islice(waiting, count)}
+
+            active = submit(num_actors)
+            while active:
+                finished = next(iter(as_completed(list(active))))
+                active.remove(finished)
+                counts += finished.result()
+                active |= submit(1)
+    # 5. summary
+    summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
+    logger.info("run %s: %s", config.run_id, summary)
+    return summary

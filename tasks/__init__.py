@@ -1,0 +1,1 @@
+"""The glue between the method and the orchestrator: storage, catalog, plan, Ray actors, manifest."""

@@ -1,0 +1,70 @@
+"""What a run shows while it works: a bar on a terminal, log lines elsewhere."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_EVERY_SECONDS = 30.0
+
+
+class RunProgress:
+    """Counts images done, failed and quarantined; safe to call from the shard tasks' threads."""
+
+    def __init__(self, num_images: int, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+        self.num_images, self.logger = num_images, logger
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._start = self._last_log = time.monotonic()
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("colorizing"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=num_images, detail="")
+
+    def __enter__(self) -> "RunProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def image_done(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Count one image by the worst status of its rows; log the errors."""
+        rows = list(rows)
+        statuses = {row["status"] for row in rows}
+        status = next(s for s in ("failed", "quarantined", "ok") if s in statuses)
+        with self._lock:
+            self.counts[status] += 1
+            done = self.counts.total()
+            now = time.monotonic()
+            rate = done / max(now - self._start, 1e-9) * 60
+            detail = f"{self.counts['failed']} failed, {self.counts['quarantined']} quarantined, {rate:.1f} images/min"
+            if status != "ok":
+                row = next(row for row in rows if row["status"] == status)
+                self.logger.warning(
+                    "%s: %s (%s: %s)", row["image_key"], status, row["error_class"], row["error_message"]
+                )
+            if self._bar is not None:
+                self._bar.update(self._task, completed=done, detail=detail)
+            elif now - self._last_log >= LOG_EVERY_SECONDS or done == self.num_images:
+                self._last_log = now
+                left = (self.num_images - done) / max(rate / 60, 1e-9)
+                self.logger.info("%d of %d images, %s, %.0f s left", done, self.num_images, detail, left)
