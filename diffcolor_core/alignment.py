@@ -61,9 +61,14 @@ def window_weights(phi: Tensor, phi_generated: Tensor, settings: AlignmentSettin
     """
     r = settings.radius
     hf, wf = phi.shape[-2:]
-    padded = F.pad(phi_generated[None], (r, r, r, r), mode="replicate")[0]
+    padded = F.pad(phi_generated, (r, r, r, r))
+    outside = F.pad(torch.zeros_like(phi[0]), (r, r, r, r), value=-torch.inf)  # beyond the border is no match
     similarity = torch.stack(
-        [(phi * padded[:, dy : dy + hf, dx : dx + wf]).sum(dim=0) for dy in range(2 * r + 1) for dx in range(2 * r + 1)]
+        [
+            (phi * padded[:, dy : dy + hf, dx : dx + wf]).sum(dim=0) + outside[dy : dy + hf, dx : dx + wf]
+            for dy in range(2 * r + 1)
+            for dx in range(2 * r + 1)
+        ]
     )
     weights = torch.softmax(similarity / settings.temperature, dim=0)
     stay = torch.zeros_like(weights)

@@ -13,7 +13,8 @@ def colorfulness(picture: Picture) -> float:
     count, sums, squares = 0, np.zeros(2), np.zeros(2)
     height, width = picture.pixels.shape[:2]
     for rows in strips(height, width):
-        r, g, b = np.moveaxis(picture.pixels[rows, :, :3].astype(np.float64) / scale, -1, 0)
+        rgb: np.ndarray = picture.pixels[rows].astype(np.float64) / scale
+        r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
         for i, opponent in enumerate((r - g, (r + g) / 2 - b)):
             sums[i] += opponent.sum()
             squares[i] += (opponent**2).sum()
@@ -26,8 +27,8 @@ def colorfulness(picture: Picture) -> float:
 def abs_delta_l(scan: Scan, picture: Picture) -> tuple[float, float]:
     """Mean and 99th percentile of |L*(scan) - L*(picture)|, over every pixel as saved (PNG is lossless)."""
     maximum = 65535.0 if picture.pixels.dtype == np.uint16 else 255.0
-    difference = np.empty(picture.pixels.shape[:2], np.float32)
-    for rows in strips(difference.shape[0], difference.shape[1]):
+    difference = np.empty((scan.height_px, scan.width_px), np.float32)
+    for rows in strips(scan.height_px, scan.width_px):
         rgb = torch.from_numpy(picture.pixels[rows, :, :3].astype(np.float64) / maximum).permute(2, 0, 1)
         difference[rows] = (lightness(rgb)[0] - scan.lightness[0, rows].double()).abs().numpy()
     return float(difference.mean(dtype=np.float64)), float(np.percentile(difference, 99))

@@ -1,7 +1,6 @@
 """The manifest: typed rows in immutable Parquet parts, and the reader that knows which row counts."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,7 +136,8 @@ def connect(output: Store) -> duckdb.DuckDBPyConnection:
     connection.execute("set variable parts = ?", [[output.uri(key) for key in keys]])
     connection.execute(_VIEWS)
     if output.is_local:  # a query reads the manifest and nothing else
-        connection.execute(f"set allowed_directories = [{json.dumps(output.root)}]".replace('"', "'"))
+        quoted = output.root.replace("'", "''")
+        connection.execute(f"set allowed_directories = ['{quoted}']")
         connection.execute("set enable_external_access = false")
     return connection
 
@@ -152,7 +152,7 @@ def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
         statements = connection.extract_statements(sql)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             raise ManifestError("give one SELECT: the manifest is read-only")
-        return connection.sql(sql)
+        return connection.sql(sql).execute()
     except duckdb.Error as error:
         raise ManifestError(str(error)) from error
 

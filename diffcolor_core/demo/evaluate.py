@@ -1,10 +1,9 @@
 """Does the demo model obey its words? `python -m diffcolor_core.demo.evaluate --num 40 --seed 7`.
 
-Fresh scenes with colours drawn anew; each caption goes through text-to-image, and every region
-(objects, table, wall) is scored by the named hue nearest to the median a*, b* of its eroded mask.
-The picture is drawn from pure noise, so a region's place is the caption's, not the mask's: so
-"text-to-image" here starts from the scene's own noised latent at strength 0.95, which fixes where
-things stand and leaves the colours to the words.
+Fresh scenes with colours drawn anew; each caption goes through text-to-image from noise (strength
+1), and every region (objects, table, wall) is scored by the named hue nearest to the median a*, b*
+of its eroded mask. So that the masks fit the picture, sampling holds the luminance to the gray
+scene's: where things stand is given, every colour is the words'.
 """
 
 import json
@@ -65,8 +64,8 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Model to test.")] = "demo",
     num: Annotated[int, typer.Option(help="Scenes.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of scenes, colours and noise.")] = 7,
-    strength: Annotated[float, typer.Option(help="Starting noise level.")] = 0.95,
-    project: Annotated[bool, typer.Option(help="Luminance projection while sampling.")] = False,
+    strength: Annotated[float, typer.Option(help="Starting noise level.")] = 1.0,
+    project: Annotated[bool, typer.Option(help="Luminance projection while sampling.")] = True,
 ) -> None:
     """Print region accuracy and the swap test as JSON."""
     checkpoint = load_checkpoint(model)

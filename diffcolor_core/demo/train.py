@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import diffusers
 import numpy as np
 import torch
 import typer
@@ -377,9 +378,14 @@ def save_bundle(
     CLIPImageProcessor(
         size={"shortest_edge": SIZE_PX}, crop_size=size, image_mean=_IMAGE_MEAN, image_std=_IMAGE_STD
     ).save_pretrained(folder / "clip")
+    save_model_index(folder)
+
+
+def save_model_index(folder: Path) -> None:
+    """Name the parts as `StableDiffusionPipeline.save_pretrained` does."""
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

@@ -1,0 +1,53 @@
+"""One picture of a run: each image as scan, primary and target(s), with its prompts.
+
+    python benchmarks/contact_sheet.py OUTPUT SHEET.png [--columns 2]
+"""
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import typer
+
+from diffcolor_core.images import read_scan, resize
+from diffcolor_core.color import lightness_to_gray
+from tasks.manifest import query
+from tasks.storage import Store
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib import image as mpimg
+
+SQL = """select image_key, input_uri, primary_uri, target_prompt, output_uri from results
+         where status = 'ok' order by image_key, target_prompt nulls first"""
+
+
+def main(
+    output: Annotated[str, typer.Argument(help="Folder that `diffcolor run` wrote to.")],
+    sheet: Annotated[Path, typer.Argument(help="PNG to write.")],
+    columns: Annotated[int, typer.Option(help="Results side by side.")] = 2,
+    limit: Annotated[int, typer.Option(help="At most so many results.")] = 24,
+) -> None:
+    """Draw the contact sheet."""
+    rows = query(Store(output), SQL).fetchall()[:limit]
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(lines, 3 * columns, figsize=(5.6 * columns, 2.35 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (key, input_uri, primary_uri, target, output_uri) in enumerate(rows):
+        line, first = number // columns, 3 * (number % columns)
+        scan = read_scan(input_uri)
+        gray = lightness_to_gray(resize(scan.lightness, (256, max(1, 256 * scan.width_px // scan.height_px))))[0]
+        axes[line, first].imshow(gray, cmap="gray", vmin=0, vmax=1)
+        axes[line, first].set_title(f"scan: {key[:28]}", fontsize=7)
+        axes[line, first + 1].imshow(mpimg.imread(primary_uri))
+        axes[line, first + 1].set_title("primary (no colours given)", fontsize=7)
+        axes[line, first + 2].imshow(mpimg.imread(output_uri))
+        axes[line, first + 2].set_title("\n".join(textwrap.wrap(target or "", 42)[:4]), fontsize=6)
+    figure.tight_layout()
+    figure.savefig(sheet, dpi=100)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from skimage import color as skimage_color
+
+from diffcolor_core import color
+
+unit = st.floats(0, 1)
+
+
+def pixel(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+
+
+def test_lab_agrees_with_scikit_image():
+    rgb = torch.rand(3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = color.srgb_to_lab(rgb).permute(1, 2, 0).numpy()
+    theirs = skimage_color.rgb2lab(rgb.permute(1, 2, 0).numpy())
+    # scikit-image rounds the matrix and the white point to four digits
+    np.testing.assert_allclose(ours, theirs, atol=0.02)
+
+
+@given(unit, unit, unit)
+def test_lab_and_back(r, g, b):
+    rgb = pixel(r, g, b)
+    torch.testing.assert_close(color.lab_to_srgb(color.srgb_to_lab(rgb)), rgb, atol=1e-9, rtol=0)
+
+
+@given(unit)
+def test_neutral_has_no_chroma_and_its_own_lightness(value):
+    lab = color.srgb_to_lab(pixel(value, value, value))
+    assert abs(float(lab[1])) < 1e-9
+    assert abs(float(lab[2])) < 1e-9
+    gray = color.lightness_to_gray(color.lightness(pixel(value, value, value)))
+    assert float(gray) == pytest.approx(value, abs=1e-9)
+
+
+@settings(max_examples=200)
+@given(st.floats(0, 100), st.floats(-150, 150), st.floats(-150, 150))
+def test_gamut_costs_chroma_only(l_star, a, b):
+    lab = pixel(l_star, a, b)
+    fitted = color.fit_gamut(lab)
+    assert float(fitted[0]) == l_star
+    assert float(fitted[1]) * b == pytest.approx(float(fitted[2]) * a, abs=1e-6)  # the same hue
+    rgb = color.lab_to_srgb(fitted)
+    assert float(rgb.min()) > -1e-4
+    assert float(rgb.max()) < 1 + 1e-4
+    if float(color.lab_to_linear(lab).min()) > 1e-5 and float(color.lab_to_linear(lab).max()) < 1 - 1e-5:
+        assert torch.equal(fitted, lab)
+
+
+def test_gamut_keeps_as_much_chroma_as_fits():
+    fitted = color.fit_gamut(pixel(20, 0, 80), iterations=24)  # yellow at L* 20 is outside sRGB
+    assert 15 < float(fitted[2]) < 40
+    assert float(color.lab_to_linear(fitted * torch.tensor([1, 1.02, 1.02]).view(3, 1, 1)).min()) < 0
+
+
+def test_luminance_lock_is_exact_in_floating_point():
+    generator = torch.Generator().manual_seed(1)
+    l_star = torch.rand(1, 32, 32, dtype=torch.float64, generator=generator) * 100
+    chroma = torch.randn(2, 32, 32, dtype=torch.float64, generator=generator) * 60
+    locked = color.lock_luminance(chroma, l_star)
+    assert float((color.lightness(locked) - l_star).abs().max()) < 1e-3

@@ -1,0 +1,139 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffcolor_core import DiffColor, Settings, preset
+from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
+from diffcolor_core.models import weights_sha256
+from diffcolor_core.prior import contrastive_loss
+from tests.conftest import gray_picture
+
+QUICK = Settings(
+    stage1=Stage1Settings(num_steps=3, learning_rate=1e-3, num_views=1),
+    alignment=AlignmentSettings(radius=1),
+    stage2=Stage2Settings(embedding_steps=3, model_steps=3, model_learning_rate=1e-3, embedding_learning_rate=1e-2),
+    sampling=SamplingSettings(num_steps=4),
+)
+CONTEXT, TARGET = "a ball on a table", "a red ball on a blue table"
+
+
+def scan_bytes(height: int = 40, width: int = 56) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(gray_picture(height, width)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_folder) -> DiffColor:
+    return DiffColor.from_pretrained(str(tiny_folder), settings=QUICK)
+
+
+@pytest.fixture(scope="module")
+def fit(pipe):
+    return pipe.fit(scan_bytes(), CONTEXT, seed=5)
+
+
+def test_base_weights_are_untouched(pipe):
+    parts = (pipe.checkpoint.unet, pipe.checkpoint.vae, pipe.checkpoint.text_encoder, pipe.checkpoint.clip)
+    before = [weights_sha256(part) for part in parts]
+    fitted = pipe.fit(scan_bytes(), CONTEXT, seed=1)
+    pipe.recolor(fitted, TARGET)
+    assert [weights_sha256(part) for part in parts] == before
+    assert any(
+        not torch.equal(fitted.unet_weights[name], tensor) for name, tensor in pipe.checkpoint.unet.state_dict().items()
+    )
+
+
+def test_same_seed_same_bytes(pipe, fit):
+    again = pipe.fit(scan_bytes(), CONTEXT, seed=5)
+    one, two = pipe.recolor(fit, TARGET), pipe.recolor(again, TARGET)
+    assert one.image.encode_png() == two.image.encode_png()
+    assert one.primary.encode_png() == two.primary.encode_png()
+    other = pipe.recolor(pipe.fit(scan_bytes(), CONTEXT, seed=6), TARGET)
+    assert other.image.encode_png() != one.image.encode_png()
+
+
+def test_recolouring_depends_on_the_prompt_not_on_what_was_asked_before(pipe, fit):
+    first = pipe.recolor(fit, TARGET).image.encode_png()
+    assert pipe.recolor(fit, "a green ball on a yellow table").image.encode_png() != first
+    assert pipe.recolor(fit, TARGET).image.encode_png() == first
+    assert pipe.recolor(fit, TARGET, alpha=0.2).image.encode_png() != first
+
+
+def test_recolouring_trains_nothing(pipe, fit, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("recolor fine-tunes"))
+    pipe.recolor(fit, TARGET)
+
+
+def test_without_a_target_the_result_is_the_primary(pipe, fit):
+    result = pipe.recolor(fit)
+    assert result.alpha is None
+    np.testing.assert_array_equal(result.image.pixels, result.primary.pixels)
+    assert result.prompt == CONTEXT
+
+
+@pytest.mark.parametrize("size", [(40, 56), (7, 5), (1, 1), (3, 200), (128, 31)])
+def test_the_picture_keeps_its_size_and_luminance(pipe, size):
+    result = pipe.recolor(pipe.fit(scan_bytes(*size), CONTEXT), TARGET)
+    assert result.image.pixels.shape == (*size, 3)
+    assert result.metrics["p99_abs_delta_l"] <= 0.5
+    assert result.metrics.keys() == {"colorfulness", "clip_similarity", "mean_abs_delta_l", "p99_abs_delta_l"}
+
+
+def test_the_aspect_is_kept_at_working_size(pipe):
+    from diffcolor_core import Scan
+
+    small, (height, width) = pipe._at_working_size(Scan(torch.rand(1, 100, 400) * 100, None, 8, "L"))
+    assert height / width == pytest.approx(1 / 4, rel=0.05)
+    assert height * width == pytest.approx(32 * 32, rel=0.1)
+    assert small.shape[-2] % 4 == small.shape[-1] % 4 == 0
+    torch.testing.assert_close(small[..., height:, :width], small[..., height - 1 : height, :width].expand(1, small.shape[-2] - height, width))
+
+
+def test_v_prediction_checkpoints_fit_too(tiny_v_folder):
+    pipe = DiffColor.from_pretrained(str(tiny_v_folder), settings=QUICK)
+    result = pipe.recolor(pipe.fit(scan_bytes(), CONTEXT), TARGET)
+    assert result.metrics["p99_abs_delta_l"] <= 0.5
+
+
+def test_another_models_fit_is_refused(pipe, fit, tiny_v_folder):
+    with pytest.raises(ValueError, match="belongs to model"):
+        DiffColor.from_pretrained(str(tiny_v_folder), settings=QUICK).recolor(fit, TARGET)
+
+
+def test_an_empty_prompt_is_refused(pipe):
+    with pytest.raises(ValueError, match="context prompt is empty"):
+        pipe.fit(scan_bytes(), "  ")
+
+
+def test_progress_is_told_to_the_end(pipe):
+    seen: dict[str, tuple[int, int]] = {}
+    pipe.fit(scan_bytes(), CONTEXT, progress=lambda stage, done, total: seen.update({stage: (done, total)}))
+    assert seen == {"stage 1": (3, 3), "stage 2, embedding": (3, 3), "stage 2, model": (3, 3)}
+
+
+def test_contrastive_loss_is_equation_1():
+    image, positive, negatives = (
+        torch.nn.functional.normalize(torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), dim=-1)
+        for n in (3, 1, 4)
+    )
+    tau = 0.2
+    by_hand = []
+    for row in image:
+        up = torch.exp(row @ positive[0] / tau)
+        by_hand.append(-torch.log(up / (up + sum(torch.exp(row @ n / tau) for n in negatives))))
+    torch.testing.assert_close(contrastive_loss(image, positive, negatives, tau), torch.stack(by_hand).mean())
+
+
+def test_presets():
+    paper = preset("paper")
+    assert (paper.stage1.num_steps, paper.stage2.embedding_steps, paper.stage2.model_steps) == (1500, 500, 1000)
+    assert paper.sha256() != preset("demo").sha256()
+    assert paper.sha256() == Settings().sha256()
+    with pytest.raises(ValueError, match="demo, paper"):
+        preset("fast")
+    with pytest.raises(ValueError, match="learning_rat"):
+        Stage1Settings(learning_rat=1.0)  # type: ignore[call-arg]

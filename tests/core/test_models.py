@@ -1,0 +1,119 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from diffcolor_core import models
+from diffcolor_core.models import ModelError, identify, load_checkpoint, resolve
+
+
+def test_hub_ids_come_with_a_pinned_revision():
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert resolve(name) == (name, models.PINNED[name])
+    assert resolve("someone/model@0123abc") == ("someone/model", "0123abc")
+    assert all(len(pin) == 40 for pin in models.PINNED.values())
+    with pytest.raises(ModelError, match="needs a pinned revision"):
+        resolve("someone/model")
+    with pytest.raises(ModelError, match="no model 'nonsense'"):
+        resolve("nonsense")
+
+
+def test_the_hub_is_asked_for_exactly_the_pinned_safetensors(monkeypatch):
+    """The same code path as a folder: what reaches `from_pretrained` for a hub id."""
+    asked = []
+
+    def load_config(source, revision=None):
+        asked.append((source, revision))
+        return {"_class_name": "StableDiffusionPipeline"}
+
+    def from_pretrained(source, **kwargs):
+        asked.append((source, kwargs))
+        raise OSError("no network here")
+
+    monkeypatch.setattr(models.DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(models.AutoencoderKL, "from_pretrained", from_pretrained)
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    with pytest.raises(ModelError, match="cannot load .*no network here"):
+        load_checkpoint(name)
+    assert asked[0] == (name, models.PINNED[name])
+    assert asked[1][0] == name
+    assert asked[1][1]["revision"] == models.PINNED[name]
+    assert asked[1][1]["subfolder"] == "vae"
+    assert asked[1][1]["use_safetensors"] is True
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "FluxPipeline"])
+def test_other_architectures_are_refused_by_name(tiny_folder, tmp_path, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(ModelError, match=kind):
+        load_checkpoint(str(folder))
+
+
+def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ModelError):
+        load_checkpoint(str(folder))
+
+
+def test_a_folders_revision_is_the_hash_of_its_weights(tiny_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder, folder)
+    assert identify(str(folder))[1] == identify(str(tiny_folder))[1]
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+    assert identify(str(folder))[1] != identify(str(tiny_folder))[1]
+
+
+def test_sizes_are_read_from_the_parts(tiny_folder):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    assert checkpoint.vae_factor == 2
+    assert checkpoint.size_multiple_px == 4
+    assert checkpoint.native_size_px == 32
+    x = torch.rand(1, 3, 24, 40) * 2 - 1
+    z = checkpoint.encode(x)
+    assert z.shape == (1, 4, 12, 20)
+    assert checkpoint.decode(z).shape == x.shape
+
+
+def test_a_long_prompt_is_chunked_not_cut(tiny_folder):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    words = "ball box cone vase bowl bottle table wall".split()
+    long = " and a ".join(words * 12)
+    other = long + " and a tree"
+    embeds = checkpoint.encode_prompts([long, other, "a ball"])
+    assert embeds.shape[1] % 77 == 0
+    assert embeds.shape[1] > 77
+    assert not torch.equal(embeds[0], embeds[1])  # the last word counts
+    short = checkpoint.encode_prompts(["a ball"])
+    assert short.shape[1] == 77
+    torch.testing.assert_close(embeds[2, :77], short[0])
+    features = checkpoint.clip_text_features([long, other])
+    assert not torch.equal(features[0], features[1])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+def test_clip_preprocessing_agrees_with_its_processor(tiny_folder):
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    checkpoint = load_checkpoint(str(tiny_folder))
+    pixels = (torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    processor = AutoImageProcessor.from_pretrained(tiny_folder / "clip", backend="pil")
+    prepared = processor(Image.fromarray(pixels.numpy()), return_tensors="pt")
+    theirs = checkpoint.clip.get_image_features(**prepared).pooler_output
+    ours = checkpoint.clip_image_features(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+    torch.testing.assert_close(ours, torch.nn.functional.normalize(theirs, dim=-1), atol=1e-4, rtol=0)
+
+
+def test_clip_sees_all_of_a_panorama(tiny_folder):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    x = torch.zeros(1, 3, 16, 64)
+    right = x.clone()
+    right[..., 60:] = 1
+    assert not torch.equal(checkpoint.clip_image_features(x), checkpoint.clip_image_features(right))
