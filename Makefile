@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: setup demo test lint bench study docs clean
+.PHONY: setup demo test lint demo-model evaluate
 
 setup: .venv/.installed
 
@@ -15,7 +15,7 @@ setup: .venv/.installed
 demo: setup  ## Colorize the sample archive through the real flow, then show where to look.
 	$(BIN)/diffcolor run examples/archive $(OUT)
 	$(BIN)/diffcolor status $(OUT)
-	$(BIN)/python -m benchmarks.contact_sheet $(OUT) $(OUT)/contact-sheet.png
+	$(BIN)/python benchmarks/contact_sheet.py $(OUT) $(OUT)/contact-sheet.png
 	@echo "look at $(OUT)/contact-sheet.png and $(OUT)/images; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
 test: setup
@@ -27,3 +27,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/docker/Dockerfile
+
+demo-model: setup  ## Train the demo model anew into out/demo-model; stopped, it goes on from its checkpoint.
+	$(BIN)/python -m diffcolor_core.demo.train --out out/demo-model
+
+evaluate: setup  ## Does the demo model obey its words?
+	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7

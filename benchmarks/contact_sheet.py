@@ -1,6 +1,6 @@
 """One picture of a run: each image as scan, primary and target(s), with its prompts.
 
-    python benchmarks/contact_sheet.py OUTPUT SHEET.png [--columns 2]
+python benchmarks/contact_sheet.py OUTPUT SHEET.png [--columns 2]
 """
 
 import textwrap
@@ -10,8 +10,8 @@ from typing import Annotated
 import matplotlib
 import typer
 
-from diffcolor_core.images import read_scan, resize
 from diffcolor_core.color import lightness_to_gray
+from diffcolor_core.images import read_scan, resize
 from tasks.manifest import query
 from tasks.storage import Store
 

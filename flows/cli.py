@@ -143,6 +143,7 @@ def run(
     from diffcolor_core import preset as settings_preset
     from diffcolor_core.models import identify
     from flows.colorize_archive import colorize_archive
+    from tasks.archive import read_catalog
     from tasks.storage import Store
 
     try:
@@ -150,6 +151,7 @@ def run(
         identify(model)
         if not Store(archive).exists():
             raise FileNotFoundError(f"there is no archive at {archive!r}")
+        read_catalog(Store(archive), catalog)
     except (ValueError, OSError) as error:
         raise _fail(error, 2) from error
     try:

@@ -25,6 +25,9 @@ COMMIT_EVERY = 8
 """Images per manifest part: what a crash may lose of a shard's work."""
 
 
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
 @task(name="colorize-shard", task_run_name="shard-{shard.number}", cache_policy=NO_CACHE)
 def colorize_shard(
     shard: Shard, config: RunConfig, pool: ActorPool, progress: RunProgress, invocation: str
@@ -56,25 +59,38 @@ def colorize_shard(
 
 @flow(name="colorize-archive")
 def colorize_archive(
-    archive: Annotated[str, Field(description="fsspec URL of the folder of scans.")],
-    output: Annotated[str, Field(description="fsspec URL of the folder for images and manifest.")],
-    catalog: Annotated[str | None, Field(description="Catalog URL; default: catalog.csv in the archive.")] = None,
-    prompt: Annotated[str | None, Field(description="Context prompt of images that the catalog has none for.")] = None,
-    model: Annotated[str, Field(description="'demo', a diffusers folder, or 'owner/name@commit'.")] = "demo",
-    preset: Annotated[str, Field(description="Settings of the method: 'demo' or 'paper'.")] = "demo",
-    num_actors: Annotated[int, Field(ge=1, description="Ray actors, one image in flight on each.")] = 1,
-    gpus_per_actor: Annotated[float, Field(ge=0, description="GPUs per actor; 0 runs on the CPU.")] = 0.0,
-    ray_address: Annotated[str | None, Field(description="Ray cluster; default: a local one for this run.")] = None,
-    shard_size: Annotated[int, Field(ge=1, description="Images per Prefect task.")] = 32,
-    limit: Annotated[int | None, Field(ge=1, description="Only the first so many images.")] = None,
-    seed: Annotated[int, Field(description="Seed of every image's random draws.")] = 0,
-    run_id: Annotated[
-        str | None, Field(description="Name of the run in the manifest; default: its start time.")
-    ] = None,
+    archive: str,
+    output: str,
+    catalog: str | None = None,
+    prompt: str | None = None,
+    model: str = "demo",
+    preset: str = "demo",
+    num_actors: AtLeastOne = 1,
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0,
+    ray_address: str | None = None,
+    shard_size: AtLeastOne = 32,
+    limit: AtLeastOne | None = None,
+    seed: int = 0,
+    run_id: str | None = None,
 ) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
 
-    Keys: ok, quarantined, failed, and done_before, how many of them earlier runs had done.
+    The keys are ok, quarantined and failed, and done_before: how many of them earlier runs had done.
+
+    Args:
+        archive: fsspec URL of the folder of scans.
+        output: fsspec URL of the folder for images and manifest.
+        catalog: URL of the catalog (CSV, JSONL or Parquet); by default catalog.csv in the archive.
+        prompt: Context prompt of images that the catalog has none for.
+        model: "demo", a diffusers folder, or "owner/name@commit".
+        preset: Settings of the method, "demo" or "paper".
+        num_actors: Ray actors, one image in flight on each.
+        gpus_per_actor: GPUs of each actor; 0 runs on the CPU.
+        ray_address: Address of a Ray cluster; by default a local Ray for this run.
+        shard_size: Images per Prefect task.
+        limit: Only the first so many images.
+        seed: Seed of every image's random draws.
+        run_id: Name of the run in the manifest; by default its start time.
     """
     logger = get_run_logger()
     # 1. open the run

@@ -24,6 +24,10 @@ MAX_ATTEMPTS = 3
 """How often an image may kill its actor before it is quarantined."""
 
 
+class DeadlyImageError(RuntimeError):
+    """An image that kills the process that works on it."""
+
+
 class ImageWorker:
     """A loaded model that turns planned images into manifest rows. It knows nothing of Ray or Prefect."""
 
@@ -231,5 +235,7 @@ def colorize_on(actor: Any, config: RunConfig, planned: PlannedImage) -> list[Ro
             return error_rows(config, planned, "failed", error.cause)
         except ray.exceptions.RayActorError as error:
             deaths.append(error)
-            ray.get(actor.ready.remote())  # started again, or no actor can be: then that is the run's failure
-    return error_rows(config, planned, "quarantined", deaths[-1])
+            # Wait until Ray has started it again. If no actor can be started, that is the run's failure.
+            ray.get(actor.ready.options(max_task_retries=-1).remote())
+    error = DeadlyImageError(f"its worker died {len(deaths)} times on this image, the last time with: {deaths[-1]}")
+    return error_rows(config, planned, "quarantined", error)

@@ -1,6 +1,9 @@
 """Shared fixtures: a tiny checkpoint of the real classes, small scans, the shared data where it is."""
 
 import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +80,9 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
     ).save_pretrained(folder / "scheduler")
     save_model_index(folder)
     if clip:
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
+            folder / "clip"
+        )
         tokenizer.save_pretrained(folder / "clip")
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
             folder / "clip"
@@ -121,3 +126,12 @@ def small_archive(tmp_path: Path) -> Path:
         encoding="utf-8",
     )
     return folder
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
+    """Return once `condition` holds; fail the test if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        pause.wait(0.2)

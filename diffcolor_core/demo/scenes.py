@@ -228,12 +228,9 @@ def _draw_object(region: Region, x: np.ndarray, y: np.ndarray, light_x: float) -
     return inside, shade
 
 
-def render(spec: SceneSpec, size_px: int = 64) -> Scene:
-    """Render a scene as a square picture of `size_px`."""
-    fine = size_px * 2  # 2 x 2 samples a pixel
-    x, y = np.meshgrid((np.arange(fine) + 0.5) / fine, (np.arange(fine) + 0.5) / fine)
-    noise = np.random.default_rng(spec.noise_seed)
-
+def _layout(spec: SceneSpec, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which region each of side x side sample points belongs to, and its change of L* by light and shadow."""
+    x, y = np.meshgrid((np.arange(side) + 0.5) / side, (np.arange(side) + 0.5) / side)
     on_table = y > spec.horizon_y
     ids = np.where(on_table, len(spec.objects), len(spec.objects) + 1)
     spot = np.exp(-(((x - 0.5 - 0.3 * spec.light_x) / 0.5) ** 2 + ((y - 0.2) / 0.5) ** 2))
@@ -247,6 +244,20 @@ def render(spec: SceneSpec, size_px: int = 64) -> Scene:
         inside, shade = _draw_object(spec.objects[index], x, y, spec.light_x)
         ids = np.where(inside, index, ids)
         delta = np.where(inside, shade, delta)
+    return ids, delta
+
+
+def object_coverage(spec: SceneSpec, cells: int) -> np.ndarray:
+    """How much of each of cells x cells squares the objects cover, in [0, 1]."""
+    ids, _ = _layout(spec, cells * 2)
+    return (ids < len(spec.objects)).reshape(cells, 2, cells, 2).mean(axis=(1, 3))
+
+
+def render(spec: SceneSpec, size_px: int = 64) -> Scene:
+    """Render a scene as a square picture of `size_px`."""
+    fine = size_px * 2  # 2 x 2 samples a pixel
+    noise = np.random.default_rng(spec.noise_seed)
+    ids, delta = _layout(spec, fine)
 
     def by_region(name: str) -> np.ndarray:
         return np.array([getattr(region, name) for region in spec.regions], dtype=np.float32)[ids]

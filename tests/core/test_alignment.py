@@ -58,6 +58,4 @@ def test_a_picture_is_aligned_with_itself(tiny_folder, block):
 def test_an_up_block_that_is_not_there_is_named(tiny_folder):
     x = torch.zeros(3, 32, 32)
     with pytest.raises(ValueError, match="this UNet has 2 up blocks"):
-        align_chroma(
-            load_checkpoint(str(tiny_folder)), x, x, x[:2], AlignmentSettings(up_block=7), torch.Generator()
-        )
+        align_chroma(load_checkpoint(str(tiny_folder)), x, x, x[:2], AlignmentSettings(up_block=7), torch.Generator())

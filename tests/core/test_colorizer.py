@@ -90,7 +90,9 @@ def test_the_aspect_is_kept_at_working_size(pipe):
     assert height / width == pytest.approx(1 / 4, rel=0.05)
     assert height * width == pytest.approx(32 * 32, rel=0.1)
     assert small.shape[-2] % 4 == small.shape[-1] % 4 == 0
-    torch.testing.assert_close(small[..., height:, :width], small[..., height - 1 : height, :width].expand(1, small.shape[-2] - height, width))
+    torch.testing.assert_close(
+        small[..., height:, :width], small[..., height - 1 : height, :width].expand(1, small.shape[-2] - height, width)
+    )
 
 
 def test_v_prediction_checkpoints_fit_too(tiny_v_folder):

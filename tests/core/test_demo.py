@@ -82,7 +82,9 @@ def test_hard_negatives_differ_in_colour_words_only():
     for spec in scenes(50, style="photo"):
         text = draw_caption(spec, rng)
         negative = swap_colors(text, rng)
-        assert [w for w in text.split() if w not in COLOR_WORDS] == [w for w in negative.split() if w not in COLOR_WORDS]
+        assert [w for w in text.split() if w not in COLOR_WORDS] == [
+            w for w in negative.split() if w not in COLOR_WORDS
+        ]
 
 
 def test_named_hues_are_well_apart():

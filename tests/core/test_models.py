@@ -83,7 +83,7 @@ def test_sizes_are_read_from_the_parts(tiny_folder):
 
 def test_a_long_prompt_is_chunked_not_cut(tiny_folder):
     checkpoint = load_checkpoint(str(tiny_folder))
-    words = "ball box cone vase bowl bottle table wall".split()
+    words = ["ball", "box", "cone", "vase", "bowl", "bottle", "table", "wall"]
     long = " and a ".join(words * 12)
     other = long + " and a tree"
     embeds = checkpoint.encode_prompts([long, other, "a ball"])

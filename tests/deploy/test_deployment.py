@@ -1,0 +1,151 @@
+"""The deployment for real: Prefect server on loopback, deploy, process worker, `prefect deployment run --watch`."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from tasks.manifest import query
+from tasks.storage import Store
+from tests.conftest import wait_for
+
+ROOT = Path(__file__).parents[2]
+PREFECT = Path(sys.executable).with_name("prefect")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Schedule(_Strict):
+    cron: str
+    timezone: str
+    active: bool
+
+
+class _WorkPool(_Strict):
+    name: str
+    job_variables: dict[str, dict[str, str]]
+
+
+class _Deployment(_Strict):
+    name: str
+    description: str
+    entrypoint: str
+    tags: list[str]
+    parameters: dict[str, object]
+    work_pool: _WorkPool
+    schedules: list[_Schedule] = []
+    concurrency_limit: int | None = None
+
+
+def test_the_file_has_no_misspelt_key_and_fits_the_flow():
+    """`prefect deploy` accepts a key that it does not know and makes a deployment without it."""
+    from flows.colorize_archive import colorize_archive
+
+    content = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
+    assert set(content) == {"name", "prefect-version", "pull", "definitions", "deployments"}
+    deployments = {d["name"]: _Deployment(**d) for d in content["deployments"]}
+    assert set(deployments) == {"on-demand", "nightly"}
+    assert [s.cron for s in deployments["nightly"].schedules] == ["0 2 * * *"]
+    known = set(colorize_archive.parameters.properties)
+    for deployment in deployments.values():
+        assert set(deployment.parameters) <= known
+        assert deployment.entrypoint == "flows/colorize_archive.py:colorize_archive"
+    described = colorize_archive.parameters.properties.values()
+    assert all(p.get("description") for p in described)
+
+
+@pytest.fixture
+def prefect(tmp_path):
+    """A server on a free loopback port and a function that runs `prefect ...` against it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path / "prefect"
+    home.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+    env |= {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "DIFFCOLOR_HOME": str(ROOT),
+        "DIFFCOLOR_ARCHIVE": "in",
+        "DIFFCOLOR_OUTPUT": "out",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        log = (tmp_path / f"{arguments[0]}.log").open("w")
+        process = subprocess.Popen(
+            [PREFECT, *arguments], env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    def run(*arguments: str, timeout: float = 180) -> str:
+        done = subprocess.run(
+            [PREFECT, "--no-prompt", *arguments],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    start("server", "start", "--host", "127.0.0.1", "--port", str(port))
+
+    def healthy() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    wait_for(healthy, seconds=120)
+    run.start = start  # type: ignore[attr-defined]
+    run.api = f"http://127.0.0.1:{port}/api"  # type: ignore[attr-defined]
+    yield run
+    for process in reversed(started):
+        os.killpg(process.pid, signal.SIGINT)
+    for process in started:
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(600)
+def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
+    prefect("work-pool", "create", "diffcolor", "--type", "process")
+    prefect("deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
+    listed = prefect("deployment", "ls")
+    assert "colorize-archive/on-demand" in listed
+    assert "colorize-archive/nightly" in listed
+    schedules = httpx.post(f"{prefect.api}/deployments/filter", json={}).json()
+    assert {d["name"]: [s["schedule"]["cron"] for s in d["schedules"]] for d in schedules} == {
+        "on-demand": [],
+        "nightly": ["0 2 * * *"],
+    }
+    prefect.start("worker", "start", "--pool", "diffcolor", "--type", "process", "--limit", "1")
+    output = tmp_path / "out"
+    text = prefect(
+        *("deployment", "run", "colorize-archive/on-demand", "--watch"),
+        *("-p", f"archive={small_archive}", "-p", f"output={output}", "-p", f"model={tiny_folder}"),
+        timeout=400,
+    )
+    assert "finished successfully" in text
+    found = query(Store(str(output)), "select status, count(*) from results group by all order by all").fetchall()
+    assert found == [("ok", 4), ("quarantined", 1)]

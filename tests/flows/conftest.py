@@ -1,0 +1,39 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from diffcolor_core import Settings, config
+from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
+
+QUICK = Settings(
+    stage1=Stage1Settings(num_steps=2, learning_rate=1e-3),
+    stage2=Stage2Settings(embedding_steps=2, model_steps=2),
+    sampling=SamplingSettings(num_steps=3),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server() -> Iterator[None]:
+    """A Prefect server and database of the tests' own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def local_ray() -> Iterator[None]:
+    """One real local Ray for all flow tests: the flow uses a Ray that is there already."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def quick_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`demo` with a few steps: what is tested here is the pipeline."""
+    monkeypatch.setitem(config.PRESETS, "demo", QUICK)

@@ -1,0 +1,96 @@
+import csv
+import io
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+
+
+@pytest.fixture
+def run():
+    runner = CliRunner()
+
+    def call(*arguments: object, code: int = 0) -> str:
+        result = runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["colorize", "run", "query", "status"])
+def test_help_teaches(run, command):
+    assert "Example" in run(command, "--help") or command == "status"
+    assert command in run("--help")
+
+
+def test_one_picture(run, small_archive, tiny_folder, tmp_path):
+    out = tmp_path / "one"
+    text = run(
+        *(
+            "colorize",
+            small_archive / "scan 0.png",
+            "--prompt",
+            "a ball on a table",
+            "--target",
+            "a red ball on a table",
+        ),
+        *("--target", "a blue ball on a table", "--model", tiny_folder, "--out", out),
+    )
+    assert {p.name for p in out.iterdir()} == {"primary.png", "target-1.png", "target-2.png"}
+    assert "a blue ball on a table" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "nonsense"}, "no model 'nonsense'"),
+        ({"--preset": "fast"}, "no preset 'fast'"),
+        ({"--prompt": " "}, "context prompt is empty"),
+        ({"image": "broken.jpg"}, "OSError|truncated|not a picture"),
+        ({"image": "none.png"}, "No such file"),
+    ],
+)
+def test_wrong_usage_of_colorize_is_exit_2(run, small_archive, tiny_folder, tmp_path, change, message):
+    options = {"--prompt": "a ball", "--model": str(tiny_folder), "--out": str(tmp_path / "o")}
+    image = small_archive / change.pop("image", "scan 0.png")
+    options |= change
+    output = run("colorize", image, *(part for option in options.items() for part in option), code=2)
+    assert any(part in output for part in message.split("|")), output
+
+
+def test_an_archive_by_command(run, small_archive, tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = ("run", small_archive, output, "--model", tiny_folder, "--run-id", "first")
+    assert "4 ok, 1 quarantined, 0 failed (0 of them done before)" in run(*arguments, code=3)
+    assert "(5 of them done before)" in run(*arguments, code=3)
+    (small_archive / "broken.jpg").unlink()
+    catalog = small_archive / "catalog.csv"
+    catalog.write_text("\n".join(line for line in catalog.read_text().splitlines() if "broken" not in line))
+    assert "4 ok, 0 quarantined" in run(*arguments, code=0)
+
+    sql = "select image_key, target_prompt from results where status = 'ok' order by all"
+    rows = json.loads(run("query", output, sql, "--format", "json"))
+    assert len(rows) == 4
+    assert rows[0] == {"image_key": "scan 0.png", "target_prompt": "a blue ball on a green table"}
+    table = list(csv.DictReader(io.StringIO(run("query", output, sql, "--format", "csv"))))
+    assert [row["image_key"] for row in table] == [row["image_key"] for row in rows]
+    assert "scan 0.png" in run("query", output, sql)
+    assert "read-only" in run("query", output, "drop view results", code=2)
+    assert "describe" not in run("query", output, "describe results")
+    text = run("status", output)
+    assert "first" in text
+    assert "UnreadableImageError" in text
+
+
+def test_nothing_there(run, tmp_path):
+    assert "nothing has been committed" in run("status", tmp_path, code=2)
+    assert "nothing has been committed" in run("query", tmp_path, "select 1", code=2)
+    assert "no archive at" in run("run", tmp_path / "none", tmp_path / "out", code=2)
+
+
+def test_a_catalog_error_is_wrong_usage(run, small_archive, tiny_folder, tmp_path):
+    (small_archive / "catalog.csv").write_text("image,prompt\nscan 0.png,a ball\n")
+    assert "did you mean your 'prompt'" in run("run", small_archive, tmp_path / "o", "--model", tiny_folder, code=2)

@@ -1,0 +1,151 @@
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffcolor_core import read_scan
+from flows.colorize_archive import colorize_archive
+from tasks.manifest import query
+from tasks.storage import Store
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def ask(output: Path, sql: str) -> list[tuple]:
+    return query(Store(str(output)), sql).fetchall()
+
+
+@pytest.mark.parametrize("num_actors", [1, 2])
+def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors):
+    output = tmp_path / "out"
+    arguments = {
+        "archive": str(small_archive),
+        "output": str(output),
+        "model": str(tiny_folder),
+        "num_actors": num_actors,
+        "shard_size": 2,
+    }
+    summary = colorize_archive(**arguments)
+    assert summary == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
+
+    rows = ask(output, "select image_key, variant, status, error_class, target_prompt from results order by all")
+    assert [(key, status, error, target) for key, _, status, error, target in rows] == [
+        ("broken.jpg", "quarantined", "UnreadableImageError", "a red cone on a table"),
+        *sorted(
+            [
+                ("scan 0.png", "ok", None, "a red ball on a green table"),
+                ("scan 0.png", "ok", None, "a blue ball on a green table"),
+            ],
+            key=lambda r: next(v for k, v, *_, t in rows if t == r[3]),
+        ),
+        ("scan 1.png", "ok", None, "a yellow box on a blue table"),
+        ("scan 2.png", "ok", None, None),
+    ]
+    # one part per shard, one picture per variant, one primary per fit, one record of the run
+    found = files(output)
+    assert sum(f.startswith("manifest/") for f in found) == 2
+    assert sum(f.startswith("runs/") for f in found) == 1
+    pictures = {f for f in found if f.startswith("images/")}
+    assert sum("/target-" in f for f in pictures) == 3
+    assert sum("/primary-" in f for f in pictures) == 3
+    assert len(found) == 2 + 1 + 6
+
+    for key, uri, sha256, primary, p99 in ask(
+        output,
+        "select image_key, output_uri, output_sha256, primary_uri, p99_abs_delta_l from results where status='ok'",
+    ):
+        data = Path(uri).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == sha256
+        assert Path(primary).is_file()
+        scan, again = read_scan(small_archive / key), read_scan(data)
+        delta = (scan.lightness - again.lightness).abs().numpy()
+        assert np.percentile(delta, 99) == pytest.approx(p99, abs=1e-3)
+        assert p99 <= 0.5
+    # what every ok row must tell
+    empty = ask(
+        output,
+        """select count(*) from results where status = 'ok' and (input_sha256 is null or width_px <> 56
+           or height_px <> 40 or bit_depth <> 8 or rewritten_prompt is null or stage1_seconds is null
+           or total_seconds < stage1_seconds + stage2_seconds or peak_memory_bytes < 1e7 or node is null
+           or finished_at < started_at or colorfulness is null or clip_similarity is null)""",
+    )
+    assert empty == [(0,)]
+
+    # the same again: nothing is done, nothing is written
+    assert colorize_archive(**arguments) == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 5}
+    assert files(output) == found
+
+    # one more prompt: that alone
+    with (small_archive / "catalog.csv").open("a") as file:
+        file.write("scan 1.png,a box on a table,a white box on a red table,\n")
+    assert colorize_archive(**arguments) == {"ok": 5, "quarantined": 1, "failed": 0, "done_before": 5}
+    assert len(files(output) - found) == 3  # part, run record, picture
+
+
+def test_changed_content_is_coloured_again(small_archive, tiny_folder, tmp_path):
+    arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
+    colorize_archive(**arguments)
+    Image.fromarray(np.full((40, 56), 99, np.uint8)).save(small_archive / "scan 1.png")
+    assert colorize_archive(**arguments)["done_before"] == 4
+    assert ask(tmp_path / "out", "select count(distinct input_sha256) from attempts where image_key='scan 1.png'") == [
+        (2,)
+    ]
+
+
+def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, tiny_folder, tmp_path, monkeypatch):
+    from tasks import colorize
+    from tests.flows.deadly import DeadlyWorker
+
+    output = tmp_path / "out"
+    arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
+    with monkeypatch.context() as patch:
+        patch.setattr(colorize, "ImageWorker", DeadlyWorker)
+        assert colorize_archive(**arguments) == {"ok": 2, "quarantined": 2, "failed": 1, "done_before": 0}
+    statuses = dict(ask(output, "select distinct image_key, status || ' ' || coalesce(error_class, '') from results"))
+    assert statuses["scan 0.png"] == "ok "
+    assert statuses["scan 1.png"] == "quarantined DeadlyImageError"
+    assert statuses["scan 2.png"] == "failed RuntimeError"
+    # a failed image is tried again, a quarantined one is not
+    assert colorize_archive(**arguments) == {"ok": 3, "quarantined": 2, "failed": 0, "done_before": 4}
+    assert ask(output, "select attempt from results where image_key = 'scan 2.png'") == [(2,)]
+
+
+def test_the_bytes_do_not_depend_on_how_the_run_was_cut(small_archive, tiny_folder, tmp_path):
+    sums = []
+    for name, limit in (("whole", None), ("pieces", 2)):
+        arguments = {"archive": str(small_archive), "output": str(tmp_path / name), "model": str(tiny_folder)}
+        colorize_archive(**arguments, limit=limit, shard_size=1)
+        colorize_archive(**arguments)
+        sums.append(ask(tmp_path / name, "select image_key, variant, output_sha256 from results order by all"))
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"archive": "/no/such/folder"}, "no archive at"),
+        ({"model": "someone/model"}, "pinned revision"),
+        ({"preset": "fast"}, "no preset 'fast'"),
+        ({"catalog": "/no/catalog.csv"}, "no catalog at"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(small_archive, tiny_folder, tmp_path, change, message):
+    arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)} | change
+    with pytest.raises((ValueError, OSError), match=message):
+        colorize_archive(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_changed_under_the_run_fails_it(small_archive, tiny_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    from flows import colorize_archive as module
+
+    monkeypatch.setattr(module, "identify", lambda model: (model, "sha256:other"))
+    with pytest.raises(Exception, match="is '.*' another folder here"):
+        colorize_archive(archive=str(small_archive), output=str(tmp_path / "out"), model=str(folder))
