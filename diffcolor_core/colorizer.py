@@ -3,6 +3,7 @@
 import copy
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from diffcolor_core.sampling import generate
 class Fit:
     """What stages 1 and 2 (steps 1 to 3) leave: every further prompt starts from here.
 
-    primary: x^_pri [3, h, w] in [-1, 1], aligned, at working size. prompt_embeds: e_opt
+    lightness: the scan's L* at working size [1, h, w], of which `content_px` (height, width) is picture
+    and the rest padding. primary: x^_pri [3, h, w] in [-1, 1], aligned. prompt_embeds: e_opt
     [1, tokens, width]. unet_weights: theta, the fitted UNet's state. losses: by name, one a step.
     """
 
     scan: Scan
+    lightness: Tensor
+    content_px: tuple[int, int]
     primary: Tensor
     prompt_embeds: Tensor
     unet_weights: dict[str, Tensor]
@@ -44,6 +48,16 @@ class Fit:
     losses: dict[str, list[float]]
     stage1_seconds: float
     stage2_seconds: float
+
+    def assemble(self, x: Tensor) -> Picture:
+        """A picture at working size [3, h, w] in [-1, 1] as one at the scan's size, with the scan's L*."""
+        height, width = self.content_px
+        return assemble(self.scan, _chroma(x)[:, :height, :width])
+
+    @cached_property
+    def primary_picture(self) -> Picture:
+        """The primary at the scan's size."""
+        return self.assemble(self.primary)
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class DiffColor:
 
         # Stage 1: colours from the generative prior, brought to the scan's own structure
         start = time.perf_counter()
-        small_lightness, _ = self._at_working_size(scan)
+        small_lightness, content_px = self._at_working_size(scan)
         x_gray = gray_input(small_lightness)
         prior = colorize_with_prior(
             checkpoint,
@@ -168,6 +182,8 @@ class DiffColor:
         end = time.perf_counter()
         return Fit(
             scan=scan,
+            lightness=small_lightness,
+            content_px=content_px,
             primary=primary,
             prompt_embeds=e_opt.cpu(),
             unet_weights={name: tensor.cpu() for name, tensor in unet.state_dict().items()},
@@ -197,10 +213,8 @@ class DiffColor:
                 f"{checkpoint.model_id} ({checkpoint.model_revision}): fit the picture again"
             )
         start = time.perf_counter()
-        small_lightness, content = self._at_working_size(fit.scan)
-        primary = assemble(fit.scan, _chroma(fit.primary)[:, : content[0], : content[1]])
         if target_prompt is None:
-            return self._result(fit, primary, primary, None, None, start)
+            return self._result(fit, fit.primary_picture, None, None, start)
 
         # 4. e(alpha), equation (7)
         alpha = fit.settings.stage2.alpha if alpha is None else alpha
@@ -211,10 +225,9 @@ class DiffColor:
         unet = copy.deepcopy(checkpoint.unet)
         unet.load_state_dict(fit.unet_weights)
         z = checkpoint.encode(fit.primary[None].to(checkpoint.device))
-        x = generate(checkpoint, unet, z, e, small_lightness, fit.settings.sampling, generator)[0].cpu()
-        final = self._align(gray_input(small_lightness), small_lightness, x, generator)
-        image = assemble(fit.scan, _chroma(final)[:, : content[0], : content[1]])
-        return self._result(fit, image, primary, target_prompt, alpha, start)
+        x = generate(checkpoint, unet, z, e, fit.lightness, fit.settings.sampling, generator)[0].cpu()
+        final = self._align(gray_input(fit.lightness), fit.lightness, x, generator)
+        return self._result(fit, fit.assemble(final), target_prompt, alpha, start)
 
     # ---------------------------------------------------------------- between the two sizes
 
@@ -238,9 +251,7 @@ class DiffColor:
         chroma = align_chroma(self.checkpoint, x_gray, x, _chroma(x), self.settings.alignment, generator)
         return lock_luminance(chroma, small_lightness) * 2 - 1
 
-    def _result(
-        self, fit: Fit, image: Picture, primary: Picture, target_prompt: str | None, alpha: float | None, start: float
-    ) -> Result:
+    def _result(self, fit: Fit, image: Picture, target_prompt: str | None, alpha: float | None, start: float) -> Result:
         prompt = fit.context_prompt if target_prompt is None else target_prompt
         sampling_seconds = time.perf_counter() - start
         small = torch.from_numpy(np.array(image.to_pil().convert("RGB").resize(self._clip_size(fit.scan)))).permute(
@@ -257,7 +268,7 @@ class DiffColor:
         }
         return Result(
             image=image,
-            primary=primary,
+            primary=fit.primary_picture,
             prompt=prompt,
             target_prompt=target_prompt,
             alpha=alpha,

@@ -283,9 +283,9 @@ def assemble(scan: Scan, chroma: Tensor) -> Picture:
     pixels = np.empty((height, width, 3 if scan.alpha is None else 4), dtype)
     small_lightness = resize(scan.lightness, chroma.shape[-2:])
     for rows in strips(height, width):
-        l_star = scan.lightness[:, rows].double()
-        full = upsample_chroma(chroma.double(), small_lightness.double(), l_star, rows, height)
-        rgb = lock_luminance(full, l_star) * maximum
+        l_star = scan.lightness[:, rows]
+        full = upsample_chroma(chroma, small_lightness, l_star, rows, height)
+        rgb = lock_luminance(full.double(), l_star.double()) * maximum
         pixels[rows, :, :3] = rgb.round().permute(1, 2, 0).numpy().astype(dtype)
     if scan.alpha is not None:
         pixels[..., 3] = scan.alpha

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffcolor_core import DiffColor, Fit, __version__, read_scan
+from diffcolor_core import DiffColor, Result, __version__, read_scan
 from tasks.planning import PlannedImage, RunConfig
 from tasks.storage import Store, slug
 
@@ -71,36 +71,40 @@ class ImageWorker:
             "stage1_seconds": fit.stage1_seconds,
             "stage2_seconds": fit.stage2_seconds,
         }
+        folder = f"images/{slug(planned.work.image_key)}-{shared['input_sha256'][:12]}"
+        primary_key = f"{folder}/primary-{self.config.config_sha256(planned.work.context_prompt, None)[:12]}.png"
+        primary = fit.primary_picture.encode_png()
+        self.output.write(primary_key, primary)
+        shared["primary_uri"] = self.output.uri(primary_key)
         fit_seconds = time.perf_counter() - start
-        return [self._variant(planned, i, fit, shared, fit_seconds) for i in range(len(planned.attempts))]
 
-    def _variant(self, planned: PlannedImage, index: int, fit: Fit, shared: Row, fit_seconds: float) -> Row:
-        start = time.perf_counter()
-        work, variant = planned.work, planned.work.variants[index]
-        result = self.pipe.recolor(fit, variant.target_prompt)
-        folder = f"images/{slug(work.image_key)}-{shared['input_sha256'][:12]}"
-        digest = self.config.config_sha256(work.context_prompt, variant.target_prompt)
-        primary_digest = self.config.config_sha256(work.context_prompt, None)
-        primary_key = f"{folder}/primary-{primary_digest[:12]}.png"
-        if variant.target_prompt is None:
-            key = primary_key
-        else:
-            key = f"{folder}/target-{digest[:12]}.png"
-            self.output.write(primary_key, result.primary.encode_png())
-        encoded = result.image.encode_png()
-        self.output.write(key, encoded)
+        rows = []
+        for index, variant in enumerate(planned.work.variants):
+            start = time.perf_counter()
+            result = self.pipe.recolor(fit, variant.target_prompt)
+            key, encoded = primary_key, primary
+            if variant.target_prompt is not None:
+                digest = self.config.config_sha256(planned.work.context_prompt, variant.target_prompt)
+                key, encoded = f"{folder}/target-{digest[:12]}.png", result.image.encode_png()
+                self.output.write(key, encoded)
+            seconds = fit_seconds + time.perf_counter() - start
+            rows.append(self._row(planned, index, result, shared, self.output.uri(key), encoded, seconds))
+        return rows
+
+    def _row(
+        self, planned: PlannedImage, index: int, result: Result, shared: Row, uri: str, encoded: bytes, seconds: float
+    ) -> Row:
         return (
             base_row(self.config, planned, index)
             | shared
             | result.metrics
             | {
                 "status": "ok",
-                "output_uri": self.output.uri(key),
+                "output_uri": uri,
                 "output_sha256": hashlib.sha256(encoded).hexdigest(),
-                "primary_uri": self.output.uri(primary_key),
                 "alpha": result.alpha,
                 "sampling_seconds": result.sampling_seconds,
-                "total_seconds": fit_seconds + time.perf_counter() - start,
+                "total_seconds": seconds,
                 "device_name": device_name(self.pipe.checkpoint.device),
                 "peak_memory_bytes": peak_memory_bytes(self.pipe.checkpoint.device),
                 "node": socket.gethostname(),
@@ -237,5 +241,5 @@ def colorize_on(actor: Any, config: RunConfig, planned: PlannedImage) -> list[Ro
             deaths.append(error)
             # Wait until Ray has started it again. If no actor can be started, that is the run's failure.
             ray.get(actor.ready.options(max_task_retries=-1).remote())
-    error = DeadlyImageError(f"its worker died {len(deaths)} times on this image, the last time with: {deaths[-1]}")
-    return error_rows(config, planned, "quarantined", error)
+    reason = f"its worker died {len(deaths)} times on this image, the last time with: {deaths[-1]}"
+    return error_rows(config, planned, "quarantined", DeadlyImageError(reason))
