@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffcolor_core.color import lightness
 from diffcolor_core.demo.dataset import (
     SIZE_PX,
     cached_object_cells,
@@ -250,32 +249,9 @@ def train_vae(
 
     groups = [{"params": list(vae.parameters()), "lr": 3e-3}]
     fit_part("vae", vae, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints, ema_decay=0.995)
-    emphasise_luminance(vae, _pixels(pictures, np.arange(512), device))
     with torch.no_grad():
         z = vae.encode(_pixels(pictures, np.arange(512), device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / float(z.std()), 5))
-
-
-@torch.no_grad()
-def emphasise_luminance(vae: AutoencoderKL, x: Tensor, factor: float = 3.0) -> Tensor:
-    """Stretch the latents by `factor` along the direction that tells L*; returns that map T [C, C].
-
-    Luminance then outlasts colour in the noise: there is a range of timesteps where shapes show and
-    colours do not, and only there can it be learned which word colours which thing. (With equal
-    amplitudes, 5,000 steps had taught the colours of a caption but not whose they were.) T is folded
-    into the 1 x 1 convolutions on both sides of the latents, so the VAE's pictures stay the same.
-    """
-    z = vae.encode(x).latent_dist.mean  # [B, C, h, w]
-    cells = F.adaptive_avg_pool2d(lightness((x + 1) / 2), z.shape[-2:])  # [B, 1, h, w]
-    rows = (z - z.mean(dim=(0, 2, 3), keepdim=True)).movedim(1, -1).flatten(0, 2)  # [N, C]
-    readout = torch.linalg.lstsq(rows, (cells - cells.mean()).flatten()[:, None]).solution[:, 0]
-    u = F.normalize(readout, dim=0)
-    stretch = torch.eye(len(u), device=u.device) + (factor - 1) * torch.outer(u, u)
-    quant, post_quant = vae.quant_conv, vae.post_quant_conv
-    quant.weight[: len(u)] = torch.einsum("ij,jkhw->ikhw", stretch, quant.weight[: len(u)])
-    quant.bias[: len(u)] = stretch @ quant.bias[: len(u)]
-    post_quant.weight.copy_(torch.einsum("ijhw,jk->ikhw", post_quant.weight, torch.linalg.inv(stretch)))
-    return stretch
 
 
 def train_clip(
@@ -443,7 +419,7 @@ def train(
     num_scenes: Annotated[int, typer.Option(help="Scenes rendered for training.")] = 32_000,
     vae_steps: int = 1200,
     clip_steps: int = 1000,
-    unet_steps: int = 7000,
+    unet_steps: int = 12_000,
     stop_after: Annotated[str, typer.Option(help="End after this part: vae, clip or unet.")] = "unet",
 ) -> None:
     """Train the demo model from nothing, or go on where an earlier call was stopped."""

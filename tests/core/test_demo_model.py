@@ -1,0 +1,68 @@
+"""The weights that ship: their size, their loading, and that they obey words at all."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from diffcolor_core import DiffColor
+from diffcolor_core.config import SamplingSettings
+from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors
+from diffcolor_core.demo.scenes import caption, draw_scene, recolored, render
+from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
+
+
+def scenes(count: int):
+    rng = np.random.default_rng(31)
+    specs = [recolored(draw_scene(rng, num_objects=2, style="photo"), rng) for _ in range(count)]
+    return [render(spec) for spec in specs]
+
+
+def test_the_bundle_is_small_and_half_precision():
+    files = [path for path in DEMO_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30e6
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 4
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} <= {torch.float16, torch.int64}  # noqa: SIM118
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_diffusers_own_pipeline_loads_the_same_folder():
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, use_safetensors=True)
+    image = pipe("a red ball on a table", num_inference_steps=2, height=64, width=64, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+
+
+def test_words_colour_the_regions():
+    checkpoint = load_checkpoint("demo")
+    assert (checkpoint.vae_factor, checkpoint.native_size_px) == (4, 64)
+    generator = torch.Generator().manual_seed(0)
+    right = []
+    for scene in scenes(4):
+        sampling = SamplingSettings(num_steps=12, strength=1.0)
+        picture = draw_pictures(checkpoint, scene, [caption(scene.spec)], sampling, generator)[0]
+        right += [f == a for f, a in zip(region_colors(picture, scene), asked_colors(scene.spec), strict=True)]
+    assert sum(right) / len(right) >= 0.6  # one word in seven is right by chance
+
+
+@pytest.mark.timeout(300)
+def test_both_stages_with_the_demo_preset():
+    scene = scenes(1)[0]
+    buffer = io.BytesIO()
+    Image.fromarray((scene.gray[0] * 255).round().byte().numpy()).save(buffer, "PNG")
+    pipe = DiffColor.from_pretrained("demo")
+    fit = pipe.fit(buffer.getvalue(), caption(scene.spec, colors=False))
+    assert np.mean(fit.losses["embedding"][-10:]) < np.mean(fit.losses["embedding"][:10])
+    result = pipe.recolor(fit, caption(scene.spec))
+    picture = torch.from_numpy(result.image.pixels).permute(2, 0, 1).float() / 127.5 - 1
+    found, asked = region_colors(picture, scene), asked_colors(scene.spec)
+    assert found[2:] == asked[2:]  # table and wall
+    assert result.metrics["p99_abs_delta_l"] <= 0.5
+    assert result.metrics["colorfulness"] > 20
