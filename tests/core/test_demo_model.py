@@ -35,7 +35,7 @@ def test_the_bundle_is_small_and_half_precision():
 def test_diffusers_own_pipeline_loads_the_same_folder():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, use_safetensors=True)
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, use_safetensors=True, torch_dtype=torch.float32)
     image = pipe("a red ball on a table", num_inference_steps=2, height=64, width=64, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
 
