@@ -28,7 +28,7 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-    from diffcolor_core.demo.train import build_tokenizer, save_model_index
+    from diffcolor_core.demo.parts import build_tokenizer, save_model_index
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(["a red ball and a blue box on a table"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffcolor_core.demo.scenes import HUES, NEUTRALS, SceneSpec, caption, draw_scene, object_coverage, render
+from diffcolor_core.demo.scenes import HUES, NEUTRALS, SceneSpec, caption, draw_scene, region_cells, render
 
 SIZE_PX = 64
 
@@ -38,13 +38,13 @@ def cached_pictures(folder: Path, *, seed: int, num_scenes: int, num_processes: 
     return np.load(path, mmap_mode="r")
 
 
-def cached_object_cells(folder: Path, *, seed: int, num_scenes: int, cells: int) -> np.ndarray:
-    """How much of each latent cell the objects cover, uint8 [N, cells, cells] in 0..255."""
-    path = folder / f"objects-{seed}-{num_scenes}-{cells}.npy"
+def cached_region_cells(folder: Path, *, seed: int, num_scenes: int, cells: int) -> np.ndarray:
+    """Which region lies at the middle of each latent cell, uint8 [N, cells, cells]: its number in `spec.regions`."""
+    path = folder / f"regions-{seed}-{num_scenes}-{cells}.npy"
     if not path.exists():
-        coverage = [object_coverage(scene_spec(seed, i), cells) for i in range(num_scenes)]
+        regions = np.stack([region_cells(scene_spec(seed, i), cells) for i in range(num_scenes)])
         partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.round(255 * np.stack(coverage)).astype(np.uint8))
+        np.save(partial, regions)
         partial.rename(path)
     return np.load(path)
 

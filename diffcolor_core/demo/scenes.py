@@ -247,10 +247,9 @@ def _layout(spec: SceneSpec, side: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, delta
 
 
-def object_coverage(spec: SceneSpec, cells: int) -> np.ndarray:
-    """How much of each of cells x cells squares the objects cover, in [0, 1]."""
-    ids, _ = _layout(spec, cells * 2)
-    return (ids < len(spec.objects)).reshape(cells, 2, cells, 2).mean(axis=(1, 3))
+def region_cells(spec: SceneSpec, cells: int) -> np.ndarray:
+    """Which region of `spec.regions` lies at the middle of each of cells x cells squares, uint8."""
+    return _layout(spec, cells)[0].astype(np.uint8)
 
 
 def render(spec: SceneSpec, size_px: int = 64) -> Scene:

@@ -100,7 +100,7 @@ def test_named_hues_are_well_apart():
 @pytest.mark.timeout(300)
 def test_training_resumes_where_it_stopped(tmp_path):
     """Stopped after step 2 and gone on with, the weights are those of an unbroken training."""
-    from diffcolor_core.demo.train import fit_part
+    from diffcolor_core.demo.loop import fit_part
 
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
