@@ -30,7 +30,12 @@ def align_chroma(
     if not settings.enabled:
         return chroma
     gray_of_generated = gray_input(lightness((x_generated.clamp(-1, 1) + 1) / 2))
-    phi = unet_features(checkpoint, torch.stack((x_gray, gray_of_generated)), settings, generator)
+    both = torch.stack((x_gray, gray_of_generated))
+    phi = (
+        vae_features(checkpoint, both)
+        if settings.features == "vae"
+        else unet_features(checkpoint, both, settings, generator)
+    )
     weights = window_weights(phi[0], phi[1], settings)
     return shift_by_weights(chroma, weights, settings.radius)
 
@@ -48,6 +53,17 @@ def unet_features(checkpoint: Checkpoint, x: Tensor, settings: AlignmentSettings
     try:
         embeds = checkpoint.encode_prompts([""]).expand(len(z), -1, -1)
         checkpoint.denoise(checkpoint.unet, add_noise(checkpoint.scheduler, z, eps, t), t, embeds)
+    finally:
+        hook.remove()
+    return F.normalize(caught[0].float(), dim=1)
+
+
+def vae_features(checkpoint: Checkpoint, x: Tensor) -> Tensor:
+    """phi: the last activations of the VAE's encoder, each cell of unit length: [B, D, h/f, w/f]."""
+    caught: list[Tensor] = []
+    hook = checkpoint.vae.encoder.mid_block.register_forward_hook(lambda _module, _args, output: caught.append(output))
+    try:
+        checkpoint.encode(x.to(checkpoint.device))
     finally:
         hook.remove()
     return F.normalize(caught[0].float(), dim=1)

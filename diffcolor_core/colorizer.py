@@ -1,63 +1,28 @@
 """DiffColor (arXiv 2308.01655), top to bottom: fit a model to one photograph, then colour it by text."""
 
-import copy
 import time
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcolor_core.adapters import fitted_state
 from diffcolor_core.alignment import align_chroma
 from diffcolor_core.color import lock_luminance, srgb_to_lab
+from diffcolor_core.color_terms import ColorReport, colored_phrases
 from diffcolor_core.config import Settings, preset
-from diffcolor_core.images import Picture, Scan, assemble, gray_input, read_scan, resize
-from diffcolor_core.in_context import finetune_model, interpolate, optimise_embedding
+from diffcolor_core.fits import Fit, FitError, chroma_of, load_fit, scan_sha256
+from diffcolor_core.images import Picture, Scan, gray_input, read_scan, resize
+from diffcolor_core.in_context import finetune_model, optimise_embedding
 from diffcolor_core.metrics import abs_delta_l, colorfulness
 from diffcolor_core.models import Checkpoint, load_checkpoint
+from diffcolor_core.painter import Choice, Painter
 from diffcolor_core.prior import Progress, colorize_with_prior
 from diffcolor_core.prompts import insert_identifiers, rare_tokens
-from diffcolor_core.sampling import generate
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What stages 1 and 2 (steps 1 to 3) leave: every further prompt starts from here.
-
-    lightness: the scan's L* at working size [1, h, w], of which `content_px` (height, width) is picture
-    and the rest padding. primary: x^_pri [3, h, w] in [-1, 1], aligned. prompt_embeds: e_opt
-    [1, tokens, width]. unet_weights: theta, the fitted UNet's state. losses: by name, one a step.
-    """
-
-    scan: Scan
-    lightness: Tensor
-    content_px: tuple[int, int]
-    primary: Tensor
-    prompt_embeds: Tensor
-    unet_weights: dict[str, Tensor]
-    context_prompt: str
-    rewritten_prompt: str
-    settings: Settings
-    seed: int
-    model_id: str
-    model_revision: str
-    losses: dict[str, list[float]]
-    stage1_seconds: float
-    stage2_seconds: float
-
-    def assemble(self, x: Tensor) -> Picture:
-        """A picture at working size [3, h, w] in [-1, 1] as one at the scan's size, with the scan's L*."""
-        height, width = self.content_px
-        return assemble(self.scan, _chroma(x)[:, :height, :width])
-
-    @cached_property
-    def primary_picture(self) -> Picture:
-        """The primary at the scan's size."""
-        return self.assemble(self.primary)
 
 
 @dataclass(frozen=True)
@@ -65,7 +30,9 @@ class Result:
     """A colorized picture at the scan's size and bit depth.
 
     metrics: colorfulness, clip_similarity (guidance CLIP, with the prompt asked for),
-    mean_abs_delta_l, p99_abs_delta_l.
+    mean_abs_delta_l, p99_abs_delta_l. alpha_scores: of each alpha that was tried. nouns: what became
+    of each noun's colour word. generated: the picture at working size before alignment and luminance
+    lock, working: after them, both [3, h, w] in [-1, 1].
     """
 
     image: Picture
@@ -75,12 +42,16 @@ class Result:
     alpha: float | None
     metrics: dict[str, float]
     sampling_seconds: float
+    working: Tensor
+    generated: Tensor
+    alpha_scores: dict[float, float] = field(default_factory=dict)
+    nouns: tuple[ColorReport, ...] = ()
 
 
 def _silent(stage: str, done: int, total: int) -> None: ...
 
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Raised whenever the same inputs would give other pixels: results of different versions are different work."""
 
 
@@ -124,12 +95,14 @@ class DiffColor:
         context_prompt: str,
         *,
         seed: int = 0,
+        primary: Picture | None = None,
         progress: Progress = _silent,
     ) -> Fit:
         """Stage 1, and stage 2 up to the fitted model.
 
-        context_prompt says what is in the picture, without or with colours. Raises
-        UnreadableImageError for a file that is no picture, ValueError for an empty prompt.
+        context_prompt says what is in the picture, without or with colours. primary: the picture
+        coloured already (same size); it takes the place of stage 1's, to be edited by `recolor`.
+        Raises UnreadableImageError for a file that is no picture, ValueError for an empty prompt.
         """
         if not context_prompt.strip():
             raise ValueError("the context prompt is empty: say what is in the picture")
@@ -141,18 +114,25 @@ class DiffColor:
         start = time.perf_counter()
         small_lightness, content_px = self._at_working_size(scan)
         x_gray = gray_input(small_lightness)
-        prior = colorize_with_prior(
-            checkpoint,
-            x_gray,
-            small_lightness,
-            context_prompt,
-            settings.stage1,
-            settings.sampling,
-            batch_size=settings.batch_size,
-            generator=generator,
-            progress=progress,
-        )
-        primary = self._align(x_gray, small_lightness, prior.x_pri, generator)  # x^_pri
+        losses: dict[str, list[float]] = {}
+        if primary is not None:
+            x_primary = self._working_primary(scan, primary, small_lightness)
+        elif not settings.stage1.enabled:
+            x_primary = x_gray
+        else:
+            prior = colorize_with_prior(
+                checkpoint,
+                x_gray,
+                small_lightness,
+                context_prompt,
+                settings.stage1,
+                settings.sampling,
+                batch_size=settings.batch_size,
+                generator=generator,
+                progress=progress,
+            )
+            x_primary = self._align(x_gray, small_lightness, prior.x_pri, generator)  # x^_pri
+            losses |= prior.losses
 
         # Stage 2: 1. c -> c'; 2. e_opt; 3. theta
         middle = time.perf_counter()
@@ -161,7 +141,7 @@ class DiffColor:
         rewritten = (
             insert_identifiers(context_prompt, identifiers) if settings.stage2.use_identifiers else context_prompt
         )
-        z = checkpoint.encode(primary[None].to(checkpoint.device))
+        z = checkpoint.encode(x_primary[None].to(checkpoint.device))
         common: dict[str, Any] = {"batch_size": settings.batch_size, "generator": generator, "progress": progress}
         e_opt, embedding_losses = optimise_embedding(
             checkpoint,
@@ -177,57 +157,94 @@ class DiffColor:
             e_opt,
             num_steps=settings.stage2.model_steps,
             learning_rate=settings.stage2.model_learning_rate,
+            adapter_rank=settings.stage2.adapter_rank,
             **common,
         )
         end = time.perf_counter()
         return Fit(
             scan=scan,
+            scan_sha256=scan_sha256(scan),
             lightness=small_lightness,
             content_px=content_px,
-            primary=primary,
+            primary=x_primary,
             prompt_embeds=e_opt.cpu(),
-            unet_weights={name: tensor.cpu() for name, tensor in unet.state_dict().items()},
+            unet_state=fitted_state(unet, settings.stage2.adapter_rank),
             context_prompt=context_prompt,
             rewritten_prompt=rewritten,
             settings=settings,
             seed=seed,
             model_id=checkpoint.model_id,
             model_revision=checkpoint.model_revision,
-            losses={**prior.losses, "embedding": embedding_losses, "model": model_losses},
+            losses={**losses, "embedding": embedding_losses, "model": model_losses},
             stage1_seconds=middle - start,
             stage2_seconds=end - middle,
         )
 
+    def load_fit(self, url: str, image: Scan | bytes | str | Path | None = None) -> Fit:
+        """Read a fit that `Fit.save` wrote. image: the scan, needed if the fit was saved without it.
+
+        Raises FitError for a fit that is not there, damaged, or of another model or picture.
+        """
+        scan = image if image is None or isinstance(image, Scan) else read_scan(image)
+        fit = load_fit(url, scan)
+        self._check_model(fit)
+        return fit
+
     # ---------------------------------------------------------------- recolor
 
-    def recolor(self, fit: Fit, target_prompt: str | None = None, *, alpha: float | None = None) -> Result:
+    @overload
+    def recolor(
+        self, fit: Fit, target_prompt: str | None = None, *, alpha: float | None = None, base: Result | None = None
+    ) -> Result: ...
+
+    @overload
+    def recolor(
+        self, fit: Fit, target_prompt: list[str], *, alpha: float | None = None, base: Result | None = None
+    ) -> list[Result]: ...
+
+    def recolor(
+        self,
+        fit: Fit,
+        target_prompt: str | list[str] | None = None,
+        *,
+        alpha: float | None = None,
+        base: Result | None = None,
+    ) -> Result | list[Result]:
         """Colour a fitted picture as `target_prompt` says: stage 2, steps 4 and 5, without any fine-tuning.
 
-        Without a target prompt the result is the primary: what stage 1 made of the context prompt.
-        alpha: of equation (7), by default the settings'. Raises ValueError for another model's fit.
+        Several prompts are generated in one batch and give a list. Without a target prompt the result
+        is the primary: what stage 1 made of the context prompt. alpha: of equation (7), by default
+        the best of the settings'. base: an earlier result of this fit to start from instead of the
+        primary. Raises FitError for another model's fit.
         """
+        self._check_model(fit)
+        start = time.perf_counter()
+        if target_prompt is None:
+            return self._result(fit, fit.primary_picture, None, start, fit.primary, fit.primary)
+        prompts = [target_prompt] if isinstance(target_prompt, str) else target_prompt
+        before, before_prompt = (fit.primary, fit.context_prompt) if base is None else (base.working, base.prompt)
+        painter = Painter(self.checkpoint, fit, before)
+        results = []
+        phrases = [colored_phrases(prompt, before_prompt) for prompt in prompts]
+        choices = painter.choose(prompts, phrases, fit.settings.stage2.alphas if alpha is None else (alpha,))
+        for prompt, items, choice in zip(prompts, phrases, choices, strict=True):
+            aligned = self._align(
+                gray_input(fit.lightness), fit.lightness, choice.generated, torch.Generator().manual_seed(fit.seed)
+            )
+            final = painter.keep_unchanged(aligned, prompt, items)
+            nouns = painter.reports(final, prompt, items)
+            picture = fit.assemble(final)
+            results.append(self._result(fit, picture, prompt, start, final, choice.generated, choice, nouns))
+            start = time.perf_counter()
+        return results[0] if isinstance(target_prompt, str) else results
+
+    def _check_model(self, fit: Fit) -> None:
         checkpoint = self.checkpoint
         if fit.model_revision != checkpoint.model_revision:
-            raise ValueError(
+            raise FitError(
                 f"this fit belongs to model {fit.model_id} ({fit.model_revision}), not to "
                 f"{checkpoint.model_id} ({checkpoint.model_revision}): fit the picture again"
             )
-        start = time.perf_counter()
-        if target_prompt is None:
-            return self._result(fit, fit.primary_picture, None, None, start)
-
-        # 4. e(alpha), equation (7)
-        alpha = fit.settings.stage2.alpha if alpha is None else alpha
-        e_target, e_empty = checkpoint.encode_prompts([target_prompt]), checkpoint.encode_prompts([""])
-        e = interpolate(fit.prompt_embeds.to(checkpoint.device), e_target, e_empty, alpha)
-        # 5. generate from the noised latent of x^_pri, decode, align: x_fin
-        generator = torch.Generator().manual_seed(fit.seed)
-        unet = copy.deepcopy(checkpoint.unet)
-        unet.load_state_dict(fit.unet_weights)
-        z = checkpoint.encode(fit.primary[None].to(checkpoint.device))
-        x = generate(checkpoint, unet, z, e, fit.lightness, fit.settings.sampling, generator)[0].cpu()
-        final = self._align(gray_input(fit.lightness), fit.lightness, x, generator)
-        return self._result(fit, fit.assemble(final), target_prompt, alpha, start)
 
     # ---------------------------------------------------------------- between the two sizes
 
@@ -248,10 +265,36 @@ class DiffColor:
 
     def _align(self, x_gray: Tensor, small_lightness: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
         """Generated picture [3, h, w] to one with the scan's structure and L*, in [-1, 1]."""
-        chroma = align_chroma(self.checkpoint, x_gray, x, _chroma(x), self.settings.alignment, generator)
+        chroma = align_chroma(self.checkpoint, x_gray, x, chroma_of(x), self.settings.alignment, generator)
         return lock_luminance(chroma, small_lightness) * 2 - 1
 
-    def _result(self, fit: Fit, image: Picture, target_prompt: str | None, alpha: float | None, start: float) -> Result:
+    def _working_primary(self, scan: Scan, primary: Picture, small_lightness: Tensor) -> Tensor:
+        """A finished picture's colours at working size, [3, h, w] in [-1, 1]."""
+        if primary.pixels.shape[:2] != (scan.height_px, scan.width_px):
+            raise ValueError(
+                f"the coloured picture is {primary.pixels.shape[1]} x {primary.pixels.shape[0]} px, "
+                f"the scan {scan.width_px} x {scan.height_px}: they must be of one size"
+            )
+        maximum = float(np.iinfo(primary.pixels.dtype).max)
+        rgb = torch.from_numpy(primary.pixels[..., :3].astype(np.float32) / maximum).permute(2, 0, 1)
+        height, width = small_lightness.shape[-2:]
+        _, (inner_height, inner_width) = self._at_working_size(scan)
+        small = resize(rgb, (inner_height, inner_width))
+        padded = F.pad(small[None], (0, width - inner_width, 0, height - inner_height), mode="replicate")[0]
+        return lock_luminance(srgb_to_lab(padded)[1:], small_lightness) * 2 - 1
+
+    def _result(
+        self,
+        fit: Fit,
+        image: Picture,
+        target_prompt: str | None,
+        start: float,
+        working: Tensor,
+        generated: Tensor,
+        choice: Choice | None = None,
+        nouns: tuple[ColorReport, ...] = (),
+    ) -> Result:
+        assert fit.scan is not None  # `image` was assembled from it
         prompt = fit.context_prompt if target_prompt is None else target_prompt
         sampling_seconds = time.perf_counter() - start
         small = torch.from_numpy(np.array(image.to_pil().convert("RGB").resize(self._clip_size(fit.scan)))).permute(
@@ -271,9 +314,13 @@ class DiffColor:
             primary=fit.primary_picture,
             prompt=prompt,
             target_prompt=target_prompt,
-            alpha=alpha,
+            alpha=None if choice is None else choice.alpha,
             metrics=metrics,
             sampling_seconds=sampling_seconds,
+            working=working,
+            generated=generated,
+            alpha_scores={} if choice is None else choice.scores,
+            nouns=nouns,
         )
 
     def _clip_size(self, scan: Scan) -> tuple[int, int]:
@@ -281,8 +328,3 @@ class DiffColor:
         side = int(self.checkpoint.clip.config.vision_config.image_size)
         scale = side / min(scan.height_px, scan.width_px)
         return max(side, round(scan.width_px * scale)), max(side, round(scan.height_px * scale))
-
-
-def _chroma(x: Tensor) -> Tensor:
-    """a*, b* [2, h, w] of a picture [3, h, w] in [-1, 1]."""
-    return srgb_to_lab((x.clamp(-1, 1) + 1) / 2)[1:]

@@ -18,6 +18,8 @@ class _Record(BaseModel):
 class Stage1Settings(_Record):
     """Colorization with generative colour prior: equations (1) to (3)."""
 
+    enabled: bool = True
+    """Off, stage 2 works on the gray picture itself: Imagic alone, for the ablation."""
     num_steps: int = Field(1500, ge=0)
     """Optimisation steps N1 [P]."""
     learning_rate: float = Field(1.5e-6, gt=0)
@@ -67,6 +69,8 @@ class AlignmentSettings(_Record):
     """Spatial alignment, equation (4)."""
 
     enabled: bool = True
+    features: Literal["unet", "vae"] = "unet"
+    """phi: activations of the frozen UNet (DIFT), or of the VAE's encoder."""
     timestep: int = Field(261, ge=0, le=999)
     """Noise level at which the frozen UNet's features are read (DIFT) [O]."""
     up_block: int = Field(1, ge=0)
@@ -92,8 +96,17 @@ class Stage2Settings(_Record):
     """Adam on all UNet weights, at SD-1.5 scale [A]."""
     use_identifiers: bool = True
     """Put a rare token before each noun phrase of the context prompt [P]."""
-    alpha: float = Field(1.2, ge=0)
-    """Interpolation of equation (7): 0 is e_opt, 1 the target's embedding, beyond 1 exaggerates [A: 1.2 to 1.4]."""
+    adapter_rank: int | None = Field(None, ge=1)
+    """Train low-rank adapters (LoRA) of this rank on the UNet's attention [O] instead of all weights [P]."""
+    alphas: tuple[float, ...] = Field((1.2,), min_length=1)
+    """Interpolation of equation (7): 0 is e_opt, 1 the target's embedding, beyond 1 exaggerates [A: 1.2
+    to 1.4]. Of several, the one whose picture obeys the prompt best is kept [O]."""
+    word_weights: tuple[float, ...] = ()
+    """Where the best alpha's picture ignores a colour word, that word's embedding is exaggerated by each
+    of these factors, and the best picture kept [O]."""
+    keep_unchanged: bool = False
+    """A noun whose colour word the target leaves as it was keeps its colour [O]: the picture changes only
+    in the regions of the other nouns, as cross-attention shows them."""
 
 
 class Settings(_Record):

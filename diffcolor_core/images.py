@@ -9,18 +9,19 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from diffcolor_core.color import lightness, lightness_to_gray, lock_luminance
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")  # JPEG includes MPO
+_KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # description, make, model, software, date, artist, copyright
 MAX_PIXELS = 178_956_970  # Pillow's own error limit: larger pictures are refused as decompression bombs
 STRIP_PIXELS = 2_000_000  # full-size work goes through in strips of about this many pixels
 
@@ -30,17 +31,28 @@ class UnreadableImageError(ValueError):
 
 
 @dataclass(frozen=True)
+class SourceMetadata:
+    """What an input file says of itself, to be kept: EXIF (upright, without its thumbnail) and XMP, as bytes."""
+
+    exif: bytes | None = None
+    xmp: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Scan:
     """A decoded input, upright.
 
     lightness: [1, H, W] float32, CIE L* in [0, 100]. alpha: [H, W] uint8 or uint16, or None.
     bit_depth: 8 or 16, that of the output. mode: the decoder's name for the pixel layout.
+    num_pages: of the file; the first one is what was read.
     """
 
     lightness: Tensor
     alpha: np.ndarray | None
     bit_depth: int
     mode: str
+    metadata: SourceMetadata = SourceMetadata()
+    num_pages: int = 1
 
     @property
     def height_px(self) -> int:
@@ -81,21 +93,23 @@ class Picture:
 # ------------------------------------------------------------------ in
 
 
+class _Decoded(NamedTuple):
+    """Samples [H, W, 1 to 4] (gray, gray + alpha, RGB, RGBA) as uint8 or uint16, and what is known of them."""
+
+    samples: np.ndarray
+    maximum: int
+    mode: str
+    metadata: SourceMetadata
+    num_pages: int
+
+
 def read_scan(source: bytes | str | Path) -> Scan:
     """Decode a picture (its first frame or page), turn it upright and take its L*.
 
     Raises UnreadableImageError, with the decoder's reason, for anything that is not a whole picture
     of at most `MAX_PIXELS` in one of `FORMATS`; FileNotFoundError for a path that is not there.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    try:
-        samples, maximum, mode = _decode(data)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
-    except Exception as error:  # decoders raise nearly anything on a broken file
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    samples, maximum, mode, metadata, num_pages = _samples_of(source)
     color = samples[..., : 1 if samples.shape[-1] <= 2 else 3]
     alpha = samples[..., -1] if samples.shape[-1] in (2, 4) else None
     return Scan(
@@ -103,11 +117,32 @@ def read_scan(source: bytes | str | Path) -> Scan:
         alpha=None if alpha is None else np.ascontiguousarray(alpha),
         bit_depth=16 if maximum > 255 else 8,
         mode=mode,
+        metadata=metadata,
+        num_pages=num_pages,
     )
 
 
-def _decode(data: bytes) -> tuple[np.ndarray, int, str]:
-    """Samples [H, W, 1 to 4] (gray, gray + alpha, RGB, RGBA) as uint8 or uint16, their maximum, the mode."""
+def read_picture(source: bytes | str | Path) -> Picture:
+    """Decode a coloured picture as `read_scan` does a scan, colours kept. Raises the same errors."""
+    samples, *_ = _samples_of(source)
+    if samples.shape[-1] <= 2:  # gray
+        samples = np.concatenate((np.repeat(samples[..., :1], 3, axis=-1), samples[..., 1:]), axis=-1)
+    return Picture(np.ascontiguousarray(samples))
+
+
+def _samples_of(source: bytes | str | Path) -> _Decoded:
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        return _decode(data)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(data: bytes) -> _Decoded:
     if not data:
         raise UnreadableImageError("the file is empty")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
@@ -119,13 +154,39 @@ def _decode(data: bytes) -> tuple[np.ndarray, int, str]:
                     f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS}: a decompression bomb?"
                 )
             layout = _sixteen_bit_color(image, data)
-            if layout is not None:
-                return _upright(layout, image), 65535, f"{image.mode};16"
-            image.load()
+            if layout is None:
+                image.load()
             mode = image.mode
+            about = (_metadata(image), _num_pages(image))  # after loading: reading EXIF can hide a broken end
+            if layout is not None:
+                return _Decoded(_upright(layout, image), 65535, f"{mode};16", *about)
             if mode in ("I", "F") or mode.startswith("I;16"):
-                return _upright(_deep_gray(image)[..., None], image), 65535, mode
-            return _eight_bit(image), 255, mode
+                return _Decoded(_upright(_deep_gray(image)[..., None], image), 65535, mode, *about)
+            return _Decoded(_eight_bit(image), 255, mode, *about)
+
+
+def _num_pages(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged list of pages: the first one may be whole
+        return 1
+
+
+def _metadata(image: Image.Image) -> SourceMetadata:
+    """EXIF as an upright picture has it, and XMP. Damaged metadata is none."""
+    try:
+        exif = image.getexif()
+        tags = {tag: value for tag, value in exif.items() if tag in _KEPT_TAGS and isinstance(value, str)}
+        kept = Image.Exif()
+        kept.update(tags)
+        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            if values := exif.get_ifd(ifd):
+                kept.get_ifd(ifd).update(values)
+        encoded = kept.tobytes() if tags or kept.get_ifd(ExifTags.IFD.Exif) else None
+    except Exception:  # EXIF is a TIFF in itself, and as often damaged
+        encoded = None
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    return SourceMetadata(encoded, xmp.encode() if isinstance(xmp, str) else xmp)
 
 
 def _sixteen_bit_color(image: Image.Image, data: bytes) -> np.ndarray | None:
@@ -274,7 +335,7 @@ def gray_input(lightness_star: Tensor) -> Tensor:
 def assemble(scan: Scan, chroma: Tensor) -> Picture:
     """The scan's own L* with a*, b* given at working size: the picture at the scan's size and bit depth.
 
-    chroma: [2, h, w]. It is brought to full size along the scan's own edges (`upsample_chroma`); the
+    chroma: [2, h, w]. It is brought to full size along the scan's own edges (`upsample_guided`); the
     gamut costs chroma, never L* (`lock_luminance`).
     """
     maximum = 65535 if scan.bit_depth == 16 else 255
@@ -284,7 +345,7 @@ def assemble(scan: Scan, chroma: Tensor) -> Picture:
     small_lightness = resize(scan.lightness, chroma.shape[-2:])
     for rows in strips(height, width):
         l_star = scan.lightness[:, rows]
-        full = upsample_chroma(chroma, small_lightness, l_star, rows, height)
+        full = upsample_guided(chroma, small_lightness, l_star, rows, height)
         rgb = lock_luminance(full.double(), l_star.double()) * maximum
         pixels[rows, :, :3] = rgb.round().permute(1, 2, 0).numpy().astype(dtype)
     if scan.alpha is not None:
@@ -299,23 +360,24 @@ def resize(image: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     )[0]
 
 
-def upsample_chroma(
-    chroma: Tensor, small_lightness: Tensor, lightness_star: Tensor, rows: slice, height_px: int
+def upsample_guided(
+    image: Tensor, small_lightness: Tensor, lightness_star: Tensor, rows: slice, height_px: int
 ) -> Tensor:
     """Joint bilateral upsampling (Kopf et al. 2007) of a strip, the full-size L* as guide.
 
-    chroma [2, h, w] and small_lightness [1, h, w] at working size; lightness_star [1, R, W], the
-    strip `rows` of a picture of `height_px`. Each pixel takes the mean of the 4 x 4 samples around
-    it, weighted by nearness and by likeness of L*: colour stops where the scan's own edges are.
-    At working size = full size it is the identity. Returns [2, R, W].
+    image [C, h, w] (chroma, or regions) and small_lightness [1, h, w] at working size;
+    lightness_star [1, R, W], the strip `rows` of a picture of `height_px`. Each pixel takes the
+    mean of the 4 x 4 samples around it, weighted by nearness and by likeness of L*: colour stops
+    where the scan's own edges are.
+    At working size = full size it is the identity. Returns [C, R, W].
     """
-    h, w = chroma.shape[-2:]
+    h, w = image.shape[-2:]
     width = lightness_star.shape[-1]
     if (h, w) == (height_px, width):
-        return chroma[:, rows]
-    y = (torch.arange(rows.start, rows.stop, dtype=chroma.dtype) + 0.5) * h / height_px - 0.5
-    x = (torch.arange(width, dtype=chroma.dtype) + 0.5) * w / width - 0.5
-    total = torch.zeros((2, *lightness_star.shape[-2:]), dtype=chroma.dtype)
+        return image[:, rows]
+    y = (torch.arange(rows.start, rows.stop, dtype=image.dtype) + 0.5) * h / height_px - 0.5
+    x = (torch.arange(width, dtype=image.dtype) + 0.5) * w / width - 0.5
+    total = torch.zeros((len(image), *lightness_star.shape[-2:]), dtype=image.dtype)
     weight = torch.zeros_like(lightness_star)
     for dy in range(-1, 3):
         yi = y.floor().long() + dy
@@ -325,6 +387,6 @@ def upsample_chroma(
             rows_in, columns_in = yi.clamp(0, h - 1), xi.clamp(0, w - 1)
             guide = small_lightness[:, rows_in][:, :, columns_in]
             like = torch.exp(-((guide - lightness_star) ** 2) / (2 * 5.0**2)) + 1e-4
-            total += near * like * chroma[:, rows_in][:, :, columns_in]
+            total += near * like * image[:, rows_in][:, :, columns_in]
             weight += near * like
     return total / weight

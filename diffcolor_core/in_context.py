@@ -1,12 +1,11 @@
 """Stage 2, in-context controllable colorization: equations (5) to (7) of `method.md`."""
 
-import copy
-
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.diffusion import add_noise, training_target
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.prior import Progress
@@ -66,16 +65,18 @@ def finetune_model(
     *,
     num_steps: int,
     learning_rate: float,
+    adapter_rank: int | None,
     batch_size: int,
     generator: torch.Generator,
     progress: Progress,
 ) -> tuple[UNet2DConditionModel, list[float]]:
     """(6) theta = argmin E ||eps - eps_theta(z_t, t, e_opt)||^2, on a copy of the base UNet [O: not of stage 1's].
 
-    Returns the fitted copy, frozen, and the loss of each step.
+    With `adapter_rank`, low-rank adapters are trained instead of all weights. Returns the fitted copy,
+    frozen, and the loss of each step.
     """
-    unet = copy.deepcopy(checkpoint.unet).requires_grad_(True)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=learning_rate)
+    unet = trainable_copy(checkpoint.unet, adapter_rank, generator)
+    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=learning_rate)
     losses = []
     for step in range(num_steps):
         loss = _reconstruction_loss(checkpoint, unet, z, prompt_embeds, batch_size, generator)
@@ -94,11 +95,20 @@ def interpolate(e_opt: Tensor, e_target: Tensor, e_empty: Tensor, alpha: float) 
     other, the shorter is filled up with the empty prompt's embeds `e_empty` [1, one chunk, width].
     """
     most = max(e_opt.shape[1], e_target.shape[1])
+    return (1 - alpha) * fill_up(e_opt, e_empty, most) + alpha * fill_up(e_target, e_empty, most)
 
-    def filled(e: Tensor) -> Tensor:
-        missing = most - e.shape[1]
-        if missing == 0:
-            return e
-        return torch.cat((e, repeat_chunks(e_empty, missing).expand(len(e), -1, -1)), dim=1)
 
-    return (1 - alpha) * filled(e_opt) + alpha * filled(e_target)
+def fill_up(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:
+    """Embeds [B, n, width] filled up to `num_tokens` with the empty prompt's `e_empty` [1, one chunk, width]."""
+    missing = num_tokens - e.shape[1]
+    if missing == 0:
+        return e
+    return torch.cat((e, repeat_chunks(e_empty, missing).expand(len(e), -1, -1)), dim=1)
+
+
+def exaggerate(e: Tensor, e_empty: Tensor, tokens: list[int], weight: float) -> Tensor:
+    """Prompt weighting [O]: `tokens` of e [1, n, width] moved `weight` times as far from the empty prompt's."""
+    neutral = fill_up(e_empty, e_empty, e.shape[1])
+    weighted = e.clone()
+    weighted[:, tokens] = neutral[:, tokens] + weight * (e - neutral)[:, tokens]
+    return weighted

@@ -157,6 +157,19 @@ class Checkpoint:
             embeds = self.text_encoder(ids.flatten(0, 1).to(self.device)).last_hidden_state
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]
 
+    def token_positions(self, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """For each part prompt[start:end], where its tokens stand in `encode_prompts([prompt])`."""
+        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        room = int(self.tokenizer.model_max_length) - 2  # of a chunk, without its start and end tokens
+        return [
+            [
+                1 + index + 2 * (index // room)
+                for index, (first, last) in enumerate(encoded.offset_mapping)
+                if first < end and last > start
+            ]
+            for start, end in spans
+        ]
+
     # ---------------------------------------------------------------- guidance CLIP
 
     @torch.no_grad()
@@ -198,7 +211,7 @@ class Checkpoint:
 def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Tensor]:
     """Token ids of a prompt in pieces of the tokenizer's length, each with its start and end tokens: [[length]]."""
     length = int(tokenizer.model_max_length)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     pieces = [ids[i : i + length - 2] for i in range(0, max(1, len(ids)), length - 2)]
     padded = [
         [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (length - 2 - len(piece))]

@@ -33,9 +33,10 @@ _NOUN_TAGS = ("NN", "NP")
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """A noun with what describes it: `text[start:end]`, without its article. `noun` is its last word."""
+    """A noun with what describes it: `prompt[start:end]`, without its article. `noun`, its last word, is lower case."""
 
     start: int
+    noun_start: int
     end: int
     text: str
     noun: str
@@ -85,7 +86,15 @@ def noun_phrases(prompt: str) -> list[NounPhrase]:
         while first < nouns and tags[first].startswith(("VV", "CJ")):
             first += 1  # a participle or "and" does not open a phrase: "sitting" of "sitting dogs" may, of "and" never
         start, end = places[first].start(), places[i - 1].end()
-        phrases.append(NounPhrase(start=start, end=end, text=prompt[start:end], noun=words[i - 1].lower()))
+        phrases.append(
+            NounPhrase(
+                start=start,
+                noun_start=places[i - 1].start(),
+                end=end,
+                text=prompt[start:end],
+                noun=words[i - 1].lower(),
+            )
+        )
     return phrases
 
 

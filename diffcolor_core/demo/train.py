@@ -12,6 +12,7 @@ colour, and cross-attention that is told where each noun lies.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from diffcolor_core.attention import RecordedAttention, recorded_attention
 from diffcolor_core.color import lightness
 from diffcolor_core.demo.dataset import cached_pictures, cached_region_cells, draw_caption, scene_spec, swap_colors
 from diffcolor_core.demo.loop import fit_part, step_rng
@@ -201,29 +202,10 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
 
 
-class RecordedAttention:
-    """Plain cross-attention that keeps its probabilities, averaged over heads: [B, cells, tokens] a call."""
-
-    def __init__(self) -> None:
-        self.maps: list[Tensor] = []
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
-        """Attend as diffusers does; hidden_states [B, cells, C], encoder_hidden_states [B, tokens, D]."""
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        q, k = heads(attn.to_q(hidden_states)), heads(attn.to_k(encoder_hidden_states))
-        weights = (attn.scale * q @ k.mT).softmax(dim=-1)
-        self.maps.append(weights.float().mean(dim=1))
-        mixed = (weights @ heads(attn.to_v(encoder_hidden_states))).transpose(1, 2).flatten(2)
-        return attn.to_out[0](mixed)
-
-
 def grounding_loss(maps: list[Tensor], region_cells: Tensor, noun_tokens: Tensor) -> Tensor:
     """Cross-entropy between the region a cell lies in and the noun it attends to (after TokenCompose, 2312.03626).
 
-    maps: [B, s*s, L] each. region_cells: [B, R, S, S], the share of each region in each cell.
+    maps: [B, s*s, L] each. region_cells: [B, R, S, S], how much of each region is in each cell.
     noun_tokens: [B, R], where each region's noun stands in the caption; -1 for no such region or no caption.
     """
     present = noun_tokens >= 0
@@ -272,12 +254,8 @@ def train_unet(
     noun_of = word_tables(tokenizer, device)[1]
     most = region_cells.max() + 1
     denoiser.requires_grad_(True)
-    recorder = RecordedAttention()
-    for name, module in denoiser.unet.named_modules():
-        if name.endswith("attn2"):
-            module.set_processor(recorder)
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(step: int, recorder: RecordedAttention) -> Tensor:
         rng = step_rng(seed, "unet", step)
         indices = np.sort(rng.choice(len(latents), size=32, replace=False))
         specs = [scene_spec(seed, int(i)) for i in indices]
@@ -297,16 +275,17 @@ def train_unet(
         num_objects = torch.tensor([len(spec.objects) for spec in specs], device=device).view(-1, 1, 1)
         cells = 1 + 2 * (regions < num_objects).float()[:, None]
         weight = (6 / (a / (1 - a) + 1)).clamp(max=1) * cells / cells.mean()
-        shares = F.one_hot(regions, most).movedim(-1, 1).float()
+        shares = F.one_hot(regions, most).movedim(-1, 1).float() * cells / cells.mean()
         grounding = grounding_loss(recorder.maps, shares, noun_positions(ids, noun_of, most))
-        return (error.pow(2) * weight).mean() + 0.03 * grounding
+        return (error.pow(2) * weight).mean() + 0.3 * grounding
 
     groups = [
         {"params": list(denoiser.unet.parameters()), "lr": 2e-3},
         {"params": list(denoiser.text_encoder.parameters()), "lr": 6e-4},
     ]
-    fit_part("unet", denoiser, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
-    denoiser.unet.set_default_attn_processor()
+    with recorded_attention(denoiser.unet) as recorder:
+        loss_at = partial(loss_of, recorder=recorder)
+        fit_part("unet", denoiser, groups, loss_at, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import DiffColor, Settings, preset
+from diffcolor_core import DiffColor, Settings, preset, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.models import weights_sha256
 from diffcolor_core.prior import contrastive_loss
@@ -42,9 +42,8 @@ def test_base_weights_are_untouched(pipe):
     fitted = pipe.fit(scan_bytes(), CONTEXT, seed=1)
     pipe.recolor(fitted, TARGET)
     assert [weights_sha256(part) for part in parts] == before
-    assert any(
-        not torch.equal(fitted.unet_weights[name], tensor) for name, tensor in pipe.checkpoint.unet.state_dict().items()
-    )
+    base = pipe.checkpoint.unet.state_dict()
+    assert any(not torch.equal(fitted.unet_state[name], tensor) for name, tensor in base.items())
 
 
 def test_same_seed_same_bytes(pipe, fit):
@@ -104,6 +103,70 @@ def test_v_prediction_checkpoints_fit_too(tiny_v_folder):
 def test_another_models_fit_is_refused(pipe, fit, tiny_v_folder):
     with pytest.raises(ValueError, match="belongs to model"):
         DiffColor.from_pretrained(str(tiny_v_folder), settings=QUICK).recolor(fit, TARGET)
+
+
+def test_several_prompts_in_one_call_are_what_they_are_alone(pipe, fit):
+    prompts = [TARGET, "a green ball on a yellow table"]
+    together = pipe.recolor(fit, prompts)
+    for result, prompt in zip(together, prompts, strict=True):
+        alone = pipe.recolor(fit, prompt)
+        assert result.prompt == prompt
+        difference = result.image.pixels.astype(int) - alone.image.pixels.astype(int)
+        assert np.abs(difference).max() <= 1  # batched sums may round otherwise
+
+
+def test_of_several_alphas_the_best_score_is_kept(pipe):
+    settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"alphas": (0.5, 1.0, 1.5)})})
+    several = DiffColor(pipe.checkpoint, settings)
+    result = several.recolor(several.fit(scan_bytes(), CONTEXT), TARGET)
+    assert set(result.alpha_scores) == {0.5, 1.0, 1.5}
+    assert result.alpha_scores[result.alpha] == max(result.alpha_scores.values())
+    assert [(noun.noun, noun.color) for noun in result.nouns] == [("ball", "red"), ("table", "blue")]
+
+
+def test_unchanged_nouns_keep_their_colour(pipe):
+    """With keep_unchanged, a target that changes nothing gives the picture that was there."""
+    settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"keep_unchanged": True})})
+    keeping = DiffColor(pipe.checkpoint, settings)
+    fit = keeping.fit(scan_bytes(), "a red ball on a blue table")
+    same = keeping.recolor(fit, "a red ball on a blue table")
+    np.testing.assert_allclose(same.image.pixels, fit.primary_picture.pixels, atol=1)
+    edited = keeping.recolor(fit, "a green ball on a blue table")
+    assert (edited.image.pixels != same.image.pixels).any()
+    again = keeping.recolor(fit, "a green ball on a blue table", base=edited)
+    np.testing.assert_allclose(again.image.pixels, edited.image.pixels, atol=1)
+
+
+def test_a_coloured_picture_takes_stage_1s_place(pipe):
+    rgb = np.stack([gray_picture(40, 56)] * 3, -1)
+    rgb[..., 2] //= 2
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "PNG")
+    fit = pipe.fit(buffer.getvalue(), CONTEXT, primary=read_picture(buffer.getvalue()))
+    assert "contrastive" not in fit.losses
+    difference = fit.primary_picture.pixels.astype(int) - rgb
+    assert np.abs(difference).mean() < 4
+    with pytest.raises(ValueError, match="one size"):
+        pipe.fit(scan_bytes(20, 20), CONTEXT, primary=read_picture(buffer.getvalue()))
+
+
+def test_without_stage_1_the_gray_picture_is_the_primary(pipe):
+    settings = QUICK.model_copy(update={"stage1": Stage1Settings(enabled=False)})
+    fit = DiffColor(pipe.checkpoint, settings).fit(scan_bytes(), CONTEXT)
+    assert np.ptp(fit.primary_picture.pixels, axis=-1).max() <= 1
+
+
+def test_adapters_train_and_leave_the_base_alone(pipe):
+    settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"adapter_rank": 2})})
+    low_rank = DiffColor(pipe.checkpoint, settings)
+    before = weights_sha256(pipe.checkpoint.unet)
+    fit = low_rank.fit(scan_bytes(), CONTEXT, seed=5)
+    again = low_rank.fit(scan_bytes(), CONTEXT, seed=5)
+    assert weights_sha256(pipe.checkpoint.unet) == before
+    assert all("lora" in name for name in fit.unet_state)
+    assert any(bool(tensor.any()) for name, tensor in fit.unet_state.items() if "lora_B" in name)
+    assert all(torch.equal(tensor, again.unet_state[name]) for name, tensor in fit.unet_state.items())
+    assert low_rank.recolor(fit, TARGET).image.encode_png() == low_rank.recolor(again, TARGET).image.encode_png()
 
 
 def test_an_empty_prompt_is_refused(pipe):

@@ -58,7 +58,7 @@ def stage2(folder: Path) -> dict[str, list[float]]:
     common = {"batch_size": 2, "generator": generator, "progress": lambda *_: None}
     e = checkpoint.encode_prompts(["a sks ball on a table"])
     e_opt, embedding = optimise_embedding(checkpoint, z, e, num_steps=4, learning_rate=1e-2, **common)
-    unet, model = finetune_model(checkpoint, z, e_opt, num_steps=4, learning_rate=1e-3, **common)
+    unet, model = finetune_model(checkpoint, z, e_opt, num_steps=4, learning_rate=1e-3, adapter_rank=None, **common)
     target = checkpoint.encode_prompts(["a red ball on a blue table"])
     e_alpha = interpolate(e_opt, target, checkpoint.encode_prompts([""]), 1.2)
     x = generate(checkpoint, unet, z, e_alpha, gray_square(), SamplingSettings(num_steps=5), generator)

@@ -204,14 +204,14 @@ def test_colour_stops_at_the_scans_own_edge():
     l_star[..., 56:] = 75.0
     chroma = torch.zeros(2, 8, 8)
     chroma[0, :, :4], chroma[0, :, 4:] = 40.0, -40.0  # the edge between columns 63 and 64
-    guided = images.upsample_chroma(chroma, images.resize(l_star, (8, 8)), l_star, slice(0, 128), 128)
+    guided = images.upsample_guided(chroma, images.resize(l_star, (8, 8)), l_star, slice(0, 128), 128)
     assert float(guided[0, :, :50].mean()) > 35
     assert float(guided[0, :, 72:].mean()) < -35
 
 
 def test_at_working_size_upsampling_is_the_identity():
     chroma, l_star = torch.randn(2, 9, 13), torch.rand(1, 9, 13) * 100
-    assert torch.equal(images.upsample_chroma(chroma, l_star, l_star, slice(2, 5), 9), chroma[:, 2:5])
+    assert torch.equal(images.upsample_guided(chroma, l_star, l_star, slice(2, 5), 9), chroma[:, 2:5])
 
 
 def test_strips_do_not_show(monkeypatch):

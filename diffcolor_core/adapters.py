@@ -1,0 +1,44 @@
+"""What equation (6) trains: all weights of a copy of the UNet [P], or low-rank adapters on its attention [O].
+
+Adapters (LoRA, Hu et al. 2021, by peft) make a fit a few megabytes instead of the whole UNet.
+"""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+
+def trainable_copy(unet: UNet2DConditionModel, rank: int | None, generator: torch.Generator) -> UNet2DConditionModel:
+    """A copy of `unet` in which all weights, or new adapters of `rank` alone, want gradients."""
+    fitted = copy.deepcopy(unet)
+    if rank is None:
+        return fitted.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        fitted.add_adapter(_config(rank))
+    return fitted
+
+
+def fitted_state(fitted: UNet2DConditionModel, rank: int | None) -> dict[str, Tensor]:
+    """The weights that the fit changed, on the CPU."""
+    state = fitted.state_dict() if rank is None else get_peft_model_state_dict(fitted)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def fitted_unet(unet: UNet2DConditionModel, rank: int | None, state: dict[str, Tensor]) -> UNet2DConditionModel:
+    """A frozen copy of `unet` with a fit's weights."""
+    fitted = copy.deepcopy(unet)
+    if rank is None:
+        fitted.load_state_dict(state)
+    else:
+        fitted.add_adapter(_config(rank))
+        set_peft_model_state_dict(fitted, state)
+        fitted.to(unet.device)
+    return fitted.requires_grad_(False)
+
+
+def _config(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])

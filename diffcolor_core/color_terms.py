@@ -1,0 +1,120 @@
+"""Colour words in prompts: which hue they mean, which noun they belong to, whether a picture obeys them."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from PIL import ImageColor
+from torch import Tensor
+
+from diffcolor_core.color import max_chroma, srgb_to_lab
+from diffcolor_core.prompts import NounPhrase, noun_phrases
+
+_BASIC_HUES = {
+    "red": 32.0,
+    "orange": 62.0,
+    "brown": 60.0,
+    "yellow": 95.0,
+    "green": 142.0,
+    "turquoise": 200.0,
+    "blue": 278.0,
+    "purple": 320.0,
+    "pink": 0.0,
+}
+"""CIELAB hue angles of the centres of English basic colour terms (about those of Sturges and Whitfield
+1995). CSS's "blue" and "green" are corners of the sRGB cube and lie elsewhere."""
+_NEUTRAL = ("black", "gray", "grey", "white", "silver")
+FULL_CHROMA = 20.0  # C*ab from which on a colour is taken for full, and below which sRGB cannot show a hue well
+
+
+@dataclass(frozen=True)
+class ColoredPhrase:
+    """A noun phrase with its colour word (None: it has none) and whether another picture's prompt said otherwise."""
+
+    phrase: NounPhrase
+    color: str | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class ColorReport:
+    """What became of one noun's colour word.
+
+    agreement: -1 (the opposite hue) to 1 (as asked); for neutrals from 1 (no chroma) down.
+    achievable_chroma: the largest C*ab of that hue that sRGB can show at the region's L*; a small one
+    means the request is infeasible (a yellow at L* 20). None for neutrals.
+    """
+
+    noun: str
+    color: str
+    agreement: float
+    achievable_chroma: float | None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether sRGB can show the colour at the region's luminance."""
+        return self.achievable_chroma is None or self.achievable_chroma >= FULL_CHROMA
+
+
+@cache
+def hue_of(word: str) -> float | None:
+    """Hue angle in degrees of a colour word; None for a neutral one. Raises KeyError if it is no colour word.
+
+    Basic terms from the table above, all others from CSS's list of names.
+    """
+    word = word.lower()
+    if word in _BASIC_HUES:
+        return _BASIC_HUES[word]
+    if word in _NEUTRAL:
+        return None
+    rgb = ImageColor.getrgb(ImageColor.colormap[word])[:3]
+    _, a, b = srgb_to_lab(torch.tensor(rgb, dtype=torch.float64).view(3, 1, 1) / 255).flatten().tolist()
+    return math.degrees(math.atan2(b, a)) % 360 if math.hypot(a, b) > 5 else None
+
+
+def color_word(text: str) -> str | None:
+    """The first colour word of a phrase, lower case."""
+    for word in re.findall(r"[a-z]+", text.lower()):
+        try:
+            hue_of(word)
+        except KeyError:
+            continue
+        return str(word)
+    return None
+
+
+def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
+    """The noun phrases of `prompt` with their colours, compared with those of the prompt `before`.
+
+    Phrases are the same if they have the same noun: the first "dog" of one is the first of the other.
+    """
+    old: dict[str, list[str | None]] = {}
+    for phrase in noun_phrases(before):
+        old.setdefault(phrase.noun, []).append(color_word(phrase.text))
+    result = []
+    for phrase in noun_phrases(prompt):
+        color, known = color_word(phrase.text), old.get(phrase.noun, [])
+        result.append(ColoredPhrase(phrase, color, changed=not known or known.pop(0) != color))
+    return result
+
+
+def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> list[ColorReport]:
+    """How well a picture [3, h, w] in L*a*b* obeys each coloured phrase in its region [P, h, w]."""
+    reports = []
+    for item, region in zip(phrases, regions, strict=True):
+        if item.color is None:
+            continue
+        inside = region >= min(0.5, float(region.max()))
+        l_star, a, b = lab[:, inside].median(dim=1).values.tolist()
+        hue, chroma = hue_of(item.color), math.hypot(a, b)
+        if hue is None:
+            reports.append(ColorReport(item.phrase.noun, item.color, 1 - min(2.0, chroma / FULL_CHROMA), None))
+            continue
+        turn = math.cos(math.atan2(b, a) - math.radians(hue))
+        reachable = max_chroma(l_star, hue)
+        agreement = turn * min(1.0, chroma / max(1.0, min(FULL_CHROMA, reachable)))
+        reports.append(ColorReport(item.phrase.noun, item.color, agreement, reachable))
+    return reports

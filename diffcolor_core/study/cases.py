@@ -1,0 +1,80 @@
+"""What is asked of a method: scenes, their gray scans, and prompts whose colours the truth does not give away."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from diffcolor_core.demo.evaluate import asked_colors
+from diffcolor_core.demo.scenes import Scene, SceneSpec, caption, draw_color, draw_scene, recolored, render
+from diffcolor_core.images import Picture
+
+TASKS = ("automatic", "full-prompt", "edit")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scene and one question about it.
+
+    gray, truth: the scene in gray and in its own colours, uint8. start: the coloured picture that is
+    to be edited (task "edit" only). asked: for each region the colour word wanted, None where the
+    method is free. edited: the region whose word differs between `prompt` and `edited_prompt` (task
+    "edit": between the start and `prompt`).
+    """
+
+    scene: Scene
+    gray: Picture
+    truth: Picture
+    start: Picture | None
+    context_prompt: str
+    prompt: str | None
+    edited_prompt: str | None
+    asked: tuple[str | None, ...]
+    edited: int | None
+
+
+def draw_cases(task: str, num: int, seed: int, size_px: int) -> Iterator[Case]:
+    """`num` scenes of two objects, table and wall, drawn from `seed`, each `size_px` square.
+
+    automatic: a caption without colours. full-prompt: a colourless context and a target that names
+    every colour, all drawn anew. edit: the true picture, one of whose four colours is to change.
+    Raises ValueError for an unknown task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}: choose one of {', '.join(TASKS)}")
+    rng = np.random.default_rng(seed)
+    for _ in range(num):
+        spec = draw_scene(rng, num_objects=2, style="photo")
+        scene = render(spec, size_px)
+        gray, truth = (_picture(x.numpy()) for x in (scene.gray.expand(3, -1, -1), scene.rgb))
+        edited = int(rng.integers(len(spec.regions)))
+        plain = caption(spec, colors=False)
+        if task == "automatic":
+            nothing = (None,) * len(spec.regions)
+            yield Case(scene, gray, truth, None, plain, None, None, nothing, None)
+        elif task == "full-prompt":
+            target = recolored(spec, rng)
+            again = one_recolored(target, edited, rng)
+            asked = tuple(asked_colors(target))
+            yield Case(scene, gray, truth, None, plain, caption(target), caption(again), asked, edited)
+        else:
+            target = one_recolored(spec, edited, rng)
+            asked = tuple(asked_colors(target))
+            yield Case(scene, gray, truth, truth, caption(spec), caption(target), None, asked, edited)
+
+
+def one_recolored(spec: SceneSpec, index: int, rng: np.random.Generator) -> SceneSpec:
+    """The same scene with another colour for the region number `index`."""
+    region = spec.regions[index]
+    color: dict[str, Any] = {"color": region.color}
+    while color["color"] == region.color:
+        color = draw_color(rng, region.lightness)
+    changed = replace(region, **color)
+    if index < len(spec.objects):
+        return replace(spec, objects=tuple(changed if i == index else o for i, o in enumerate(spec.objects)))
+    return replace(spec, table=changed) if index == len(spec.objects) else replace(spec, wall=changed)
+
+
+def _picture(rgb: np.ndarray) -> Picture:
+    return Picture(np.ascontiguousarray((rgb.transpose(1, 2, 0) * 255).round().astype(np.uint8)))

@@ -1,0 +1,80 @@
+"""The methods that are compared: DiffColor, its ablations, and the baselines, all as settings of one code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffcolor_core.config import Settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings derived from the preset's; `fit_on_target`: the fit's context prompt is the target itself."""
+
+    derive: Callable[[Settings], Settings]
+    description: str
+    fit_on_target: bool = False
+
+
+def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
+    """A change of settings: `_with(stage1={"num_steps": 0})`."""
+
+    def derive(settings: Settings) -> Settings:
+        fields = settings.model_dump()
+        return Settings.model_validate(fields | {part: fields[part] | values for part, values in changes.items()})
+
+    return derive
+
+
+_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), "word_weights": (), "keep_unchanged": False}
+_PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
+_OFF = {"project_luminance": False}
+
+METHODS: dict[str, Method] = {
+    "full": Method(_with(), "DiffColor with the preset's settings"),
+    # baselines
+    "img2img": Method(
+        _with(**_PLAIN, stage2=_NO_FIT, sampling=_OFF), "noised gray latent, target prompt, luminance lock"
+    ),
+    "text-to-image": Method(
+        _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "pure noise, luminance transfer"
+    ),
+    "imagic": Method(
+        _with(**_PLAIN, stage2={"alphas": (1.2,), "word_weights": (), "keep_unchanged": False}, sampling=_OFF),
+        "stage 2 on the gray picture, without stage 1",
+    ),
+    "stage1": Method(
+        _with(stage1={"enabled": True}, stage2={"embedding_steps": 0, "model_steps": 0}),
+        "stage 1 alone, fitted to the target prompt",
+        fit_on_target=True,
+    ),
+    # the same with the parts that are ours
+    "img2img-projected": Method(_with(**_PLAIN, stage2=_NO_FIT), "img2img with luminance projection at each step"),
+    # ablations of the full method
+    "no-stage1": Method(_with(stage1={"enabled": False}), "without stage 1"),
+    "with-stage1": Method(_with(stage1={"enabled": True}), "with stage 1"),
+    "no-contrastive": Method(_with(stage1={"enabled": True, "contrastive_weight": 0.0}), "stage 1, equation (1) off"),
+    "no-anti-color": Method(
+        _with(stage1={"enabled": True, "anti_color_prompts": ("",)}), "stage 1, an empty negative prompt"
+    ),
+    "noise-target": Method(
+        _with(stage1={"enabled": True, "diffusion_target": "noise"}), "stage 1, equation (2) as in the paper"
+    ),
+    "all-timesteps": Method(_with(stage1={"enabled": True, "max_timestep": 1.0}), "stage 1 over the whole schedule"),
+    "no-projection": Method(_with(sampling=_OFF), "without luminance projection"),
+    "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
+    "vae-alignment": Method(_with(alignment={"enabled": True, "features": "vae"}), "alignment by VAE features"),
+    "no-identifiers": Method(_with(stage2={"use_identifiers": False}), "without identifiers"),
+    "full-weights": Method(_with(stage2={"adapter_rank": None}), "all UNet weights instead of adapters"),
+    "adapters": Method(_with(stage2={"adapter_rank": 4, "model_learning_rate": 1e-3}), "low-rank adapters of rank 4"),
+    "alpha-0.8": Method(_with(stage2={"alphas": (0.8,), "word_weights": ()}), "alpha 0.8"),
+    "alpha-1.0": Method(_with(stage2={"alphas": (1.0,), "word_weights": ()}), "alpha 1.0"),
+    "alpha-1.2": Method(_with(stage2={"alphas": (1.2,), "word_weights": ()}), "alpha 1.2"),
+    "alpha-auto": Method(_with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": ()}), "the best of four alphas"),
+    "alpha-auto-weighted": Method(
+        _with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": (1.3, 1.6)}),
+        "the best of four alphas, ignored words exaggerated",
+    ),
+    "keep": Method(_with(stage2={"keep_unchanged": True}), "unchanged nouns keep their colour"),
+    "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
+}

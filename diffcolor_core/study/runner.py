@@ -1,0 +1,160 @@
+"""Run methods over cases, save what they make, score the saved files, give means with intervals."""
+
+import math
+import resource
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from diffcolor_core.color import lightness
+from diffcolor_core.colorizer import DiffColor, Result
+from diffcolor_core.config import Settings
+from diffcolor_core.images import Picture, read_picture
+from diffcolor_core.metrics import colorfulness
+from diffcolor_core.models import Checkpoint
+from diffcolor_core.study.cases import Case, draw_cases
+from diffcolor_core.study.methods import METHODS, Method
+from diffcolor_core.study.scores import lab_of, leakage, region_right, region_scores
+
+Scores = dict[str, list[float]]
+EDIT_LEAKAGE = 3.0  # Delta E_ab up to which an edit counts as kept to its region
+
+
+def run_study(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    *,
+    task: str,
+    methods: Iterable[str],
+    num: int,
+    seed: int,
+    folder: Path,
+    judge: Checkpoint | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Scores]:
+    """Scores per method and figure, one value a scene (NaN where a figure does not apply).
+
+    Every picture is saved as PNG below `folder` and scored as read back from there. judge: a
+    checkpoint whose CLIP no method was optimised with. Raises ValueError for an unknown task or method.
+    """
+    chosen = {name: METHODS[name] for name in methods if name in METHODS}
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"no method {', '.join(unknown)}: choose of {', '.join(METHODS)}")
+    figures: dict[str, Scores] = {name: {} for name in chosen}
+    done, total = 0, num * len(chosen)
+    for number, case in enumerate(draw_cases(task, num, seed, 2 * checkpoint.native_size_px)):
+        place = folder / task / f"{number:04d}"
+        place.mkdir(parents=True, exist_ok=True)
+        case.gray.save(place / "gray.png")
+        case.truth.save(place / "truth.png")
+        for name, method in chosen.items():
+            pipe = DiffColor(checkpoint, method.derive(settings))
+            for figure, value in _score_one(pipe, method, case, place / name, seed + number, judge).items():
+                figures[name].setdefault(figure, []).append(value)
+            done += 1
+            progress(name, done, total)
+    return figures
+
+
+def _score_one(
+    pipe: DiffColor, method: Method, case: Case, stem: Path, seed: int, judge: Checkpoint | None
+) -> dict[str, float]:
+    gray = case.gray.encode_png()
+    # In the edit task stage 1 has nothing to do: the picture is coloured already.
+    context = case.prompt if method.fit_on_target and case.prompt is not None else case.context_prompt
+    fit = pipe.fit(gray, context, seed=seed, primary=case.start)
+    target = None if method.fit_on_target and case.start is None else case.prompt
+    result = pipe.recolor(fit, target)
+    lab = lab_of(_saved(result.image, stem))
+    own = lab_of(case.gray)
+    delta = (lab[0] - own[0]).abs()
+    truth = colorfulness(case.truth)
+    figures = region_scores(case, lab) | {
+        "mean_abs_delta_l": float(delta.mean()),
+        "p99_abs_delta_l": float(delta.quantile(0.99)),
+        "mean_abs_delta_l_before_lock": _delta_before_lock(result, fit.lightness),
+        "colorfulness": result.metrics["colorfulness"],
+        "colorfulness_distance": abs(result.metrics["colorfulness"] - truth) / truth,
+        "fit_seconds": fit.stage1_seconds + fit.stage2_seconds,
+        "recolor_seconds": result.sampling_seconds,
+        "peak_memory_bytes": _peak_memory_bytes(pipe.checkpoint.device),
+    }
+    if judge is not None:
+        figures |= _judged(judge, result.image, case, pipe.settings.stage1.anti_color_prompts)
+    if case.edited is None:
+        return figures
+    if case.start is not None:
+        before, after, index = lab_of(case.start), lab, case.edited
+    else:
+        if method.fit_on_target:  # its colours are fixed by the fit: another prompt is another fit
+            assert case.edited_prompt is not None
+            other = pipe.recolor(pipe.fit(gray, case.edited_prompt, seed=seed))
+        else:
+            other = pipe.recolor(fit, case.edited_prompt)
+        before, after, index = lab, lab_of(_saved(other.image, stem.with_name(stem.name + "-edited"))), case.edited
+    outside, band = leakage(before, after, case.scene.masks[index])
+    figures |= {"leakage": outside, "leakage_band": band}
+    if case.start is not None:
+        right = region_right(case, lab, index)
+        figures |= {"edited_right": float(right), "edit_success": float(right and outside <= EDIT_LEAKAGE)}
+    return figures
+
+
+def _saved(picture: Picture, stem: Path) -> Picture:
+    path = stem.with_name(stem.name + ".png")
+    picture.save(path)
+    return read_picture(path)
+
+
+def _delta_before_lock(result: Result, small_lightness: Tensor) -> float:
+    return float((lightness((result.generated + 1) / 2) - small_lightness).abs().mean())
+
+
+def _peak_memory_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+@torch.no_grad()
+def _judged(judge: Checkpoint, picture: Picture, case: Case, anti_color: tuple[str, ...]) -> dict[str, float]:
+    """clip_similarity with the prompt; anti_color_look: 1 if an anti-colour prompt fits better than the caption."""
+    x = torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1)[None].float().to(judge.device) / 127.5 - 1
+    text = judge.clip_text_features([case.prompt or case.context_prompt, case.context_prompt, *anti_color])
+    similarity = (judge.clip_image_features(x) @ text.T)[0]
+    return {
+        "clip_similarity": float(similarity[0]),
+        "anti_color_look": float(similarity[2:].max() > similarity[1]),
+    }
+
+
+def summarise(figures: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean of each figure with its bootstrap 95% interval (percentile, 2,000 resamples, seed 0)."""
+    return {
+        method: {name: _interval(np.array(values)) for name, values in scores.items() if not _all_nan(values)}
+        for method, scores in figures.items()
+    }
+
+
+def _all_nan(values: list[float]) -> bool:
+    return all(math.isnan(value) for value in values)
+
+
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    values = values[~np.isnan(values)]
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:
+        return {"mean": mean, "low": mean, "high": mean, "scenes": len(values)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of degenerate resamples
+        interval = bootstrap(
+            (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+    return {"mean": mean, "low": float(interval.low), "high": float(interval.high), "scenes": len(values)}

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+
+from diffcolor_core.color_terms import color_word, colored_phrases, hue_of, report
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("brown dog", "brown"),
+        ("dark Red brick house", "red"),
+        ("dog", None),
+        ("navy coat", "navy"),
+        ("grey cat", "grey"),
+    ],
+)
+def test_colour_words(text, word):
+    assert color_word(text) == word
+
+
+def test_hues():
+    assert hue_of("crimson") == pytest.approx(hue_of("red"), abs=15)
+    assert hue_of("white") is hue_of("gainsboro") is None
+    with pytest.raises(KeyError):
+        hue_of("dog")
+
+
+def test_what_changed_is_told_by_the_noun():
+    before = "a red dog and a dog on a bench"
+    told = [
+        (p.phrase.noun, p.color, p.changed) for p in colored_phrases("a bench under a red dog and a blue dog", before)
+    ]
+    assert told == [("bench", None, False), ("dog", "red", False), ("dog", "blue", True)]
+    assert all(p.changed for p in colored_phrases("a red ball", "a table"))
+
+
+def lab_square(l_star: float, hue: float, chroma: float) -> torch.Tensor:
+    angle = math.radians(hue)
+    return torch.tensor([l_star, chroma * math.cos(angle), chroma * math.sin(angle)]).view(3, 1, 1).expand(3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lab", "agreement"),
+    [
+        ("a red ball", lab_square(50, 32, 40), 1),
+        ("a red ball", lab_square(50, 212, 40), -1),
+        ("a red ball", lab_square(50, 32, 10), 0.5),
+        ("a white ball", lab_square(50, 32, 0), 1),
+        ("a black ball", lab_square(50, 32, 60), -1),
+    ],
+)
+def test_agreement(prompt, lab, agreement):
+    (told,) = report(colored_phrases(prompt, ""), torch.ones(1, 4, 4), lab)
+    assert told.agreement == pytest.approx(agreement, abs=0.01)
+    assert told.feasible
+
+
+def test_an_infeasible_colour_is_told():
+    (told,) = report(colored_phrases("a yellow ball", ""), torch.ones(1, 4, 4), lab_square(8, 95, 5))
+    assert not told.feasible
+    assert told.achievable_chroma < 20

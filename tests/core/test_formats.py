@@ -1,0 +1,114 @@
+import io
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from diffcolor_core import Picture, read_picture, read_scan
+from diffcolor_core.formats import DIGITAL_SOURCE_TYPE, SUFFIX, Provenance, encode, xmp_packet
+from diffcolor_core.images import SourceMetadata
+
+PROVENANCE = Provenance(
+    software="DiffColor Archive 0.1.0",
+    model="demo (sha256:1)",
+    prompt="a <red> ball & 'box' \0 é",
+    run_id="run-1",
+    seed=7,
+)
+EIGHT = Picture(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+SIXTEEN = Picture(np.random.default_rng(0).integers(0, 65536, (24, 40, 4), dtype=np.uint16))
+
+
+def jpeg_with_metadata() -> bytes:
+    exif = Image.Exif()
+    exif[271], exif[315], exif[33432], exif[274] = "Kodak", "A. Photographer", "The Archive", 6
+    exif.get_ifd(0x8769)[36867] = "1905:01:02 03:04:05"
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/" dc:source="box 12"/>'
+        b"</rdf:RDF></x:xmpmeta>"
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(buffer, "JPEG", exif=exif, xmp=xmp)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("image_format", ["png", "tiff"])
+@pytest.mark.parametrize("picture", [EIGHT, SIXTEEN], ids=["8 bit", "16 bit with alpha"])
+def test_lossless_formats_keep_every_sample(image_format, picture):
+    data = encode(picture, image_format, PROVENANCE)
+    back = read_picture(data)
+    assert back.pixels.dtype == picture.pixels.dtype
+    np.testing.assert_array_equal(back.pixels, picture.pixels)
+    assert encode(picture, image_format, PROVENANCE) == data
+
+
+@pytest.mark.parametrize("image_format", SUFFIX)
+@pytest.mark.parametrize("picture", [EIGHT, SIXTEEN], ids=["8 bit", "16 bit with alpha"])
+def test_every_format_has_an_srgb_profile_and_opens(image_format, picture):
+    with Image.open(io.BytesIO(encode(picture, image_format, PROVENANCE))) as image:
+        image.load()
+        assert image.size == (40, 24)
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        assert "sRGB" in ImageCms.getProfileDescription(profile)
+
+
+@pytest.mark.parametrize("image_format", SUFFIX)
+@pytest.mark.parametrize("picture", [EIGHT, SIXTEEN], ids=["8 bit", "16 bit with alpha"])
+def test_exiftool_reads_what_made_the_picture(tmp_path, image_format, picture):
+    if shutil.which("exiftool") is None:
+        pytest.skip("exiftool is not installed (Debian: libimage-exiftool-perl)")
+    path = tmp_path / f"picture{SUFFIX[image_format]}"
+    path.write_bytes(encode(picture, image_format, PROVENANCE, read_scan(jpeg_with_metadata()).metadata))
+    done = subprocess.run(["exiftool", "-j", "-G1", "-n", str(path)], capture_output=True, check=True, text=True)
+    (found,) = json.loads(done.stdout)
+    assert found["XMP-iptcExt:DigitalSourceType"] == DIGITAL_SOURCE_TYPE
+    assert found["XMP-xmp:CreatorTool"] == "DiffColor Archive 0.1.0"
+    assert found["XMP-diffcolor:Prompt"] == "a <red> ball & 'box'  é"
+    assert found["XMP-diffcolor:RunId"] == "run-1"
+    assert found["XMP-dc:Source"] == "box 12"
+    assert found["IFD0:Artist"] == "A. Photographer"
+    assert found["IFD0:Copyright"] == "The Archive"
+    assert found.get("IFD0:Orientation", 1) == 1
+    assert "ExifTool:Error" not in found
+    assert "ExifTool:Warning" not in found
+
+
+def test_a_rotated_scan_is_upright_and_says_so():
+    scan = read_scan(jpeg_with_metadata())
+    assert (scan.height_px, scan.width_px) == (30, 20)
+    exif = Image.Exif()
+    exif.load(scan.metadata.exif)
+    assert 274 not in exif
+    assert exif.get_ifd(0x8769)[36867] == "1905:01:02 03:04:05"
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        b"not xml",
+        b"<a/>",
+        b'<!DOCTYPE a [<!ENTITY e "x">]><x:xmpmeta xmlns:x="adobe:ns:meta/">&e;</x:xmpmeta>',
+        b"\xff\xfe" + bytes(100),
+    ],
+)
+def test_damaged_or_dangerous_xmp_of_the_source_is_passed_over(packet):
+    assert xmp_packet(PROVENANCE, packet) == xmp_packet(PROVENANCE)
+
+
+def test_the_source_does_not_speak_for_us():
+    """A source that claims another DigitalSourceType loses that claim, and keeps the rest."""
+    packet = xmp_packet(Provenance("other software", "model", "prompt"))
+    ours = xmp_packet(PROVENANCE, packet).decode()
+    assert ours.count("DigitalSourceType>") == 2  # one element: its start and its end
+    assert "other software" not in ours
+
+
+def test_jpeg_lays_transparency_on_white():
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    picture = read_picture(encode(Picture(pixels), "jpeg", PROVENANCE, SourceMetadata()))
+    assert picture.pixels.min() > 250
