@@ -24,6 +24,8 @@ class Stage1Settings(_Record):
     """Optimisation steps N1 [P]."""
     learning_rate: float = Field(1.5e-6, gt=0)
     """Adam on all UNet weights, at SD-1.5 scale [A]; a smaller model wants a larger rate."""
+    adapter_rank: int | None = Field(None, ge=1)
+    """Train low-rank adapters of this rank on the UNet's attention [O] instead of all weights [P]."""
     contrastive_weight: float = Field(0.5, ge=0)
     """w_con of equation (3) [A]."""
     diffusion_weight: float = Field(1.0, ge=0)

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from diffcolor_core._version import __version__
 from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.config import Settings
+from diffcolor_core.formats import Provenance
 from diffcolor_core.images import Picture, Scan, assemble
 
 SCHEMA_VERSION = 1
@@ -62,6 +64,16 @@ class Fit:
             raise FitError("this fit was saved without its scan: load it as load_fit(url, image=the scan)")
         height, width = self.content_px
         return assemble(self.scan, chroma_of(x)[:, :height, :width])
+
+    def provenance(self, prompt: str, run_id: str | None = None) -> Provenance:
+        """What is written into a picture that this fit gave for `prompt`."""
+        return Provenance(
+            software=f"DiffColor Archive {__version__}",
+            model=f"{self.model_id} ({self.model_revision})",
+            prompt=prompt,
+            run_id=run_id,
+            seed=self.seed,
+        )
 
     @cached_property
     def primary_picture(self) -> Picture:

@@ -127,7 +127,7 @@ def read_picture(source: bytes | str | Path) -> Picture:
     samples, *_ = _samples_of(source)
     if samples.shape[-1] <= 2:  # gray
         samples = np.concatenate((np.repeat(samples[..., :1], 3, axis=-1), samples[..., 1:]), axis=-1)
-    return Picture(np.ascontiguousarray(samples))
+    return Picture(np.array(samples, order="C"))  # a decoder's array may be read-only
 
 
 def _samples_of(source: bytes | str | Path) -> _Decoded:

@@ -1,6 +1,5 @@
 """Stage 1, colorization with generative colour prior: equations (1) to (3) of `method.md`."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.config import SamplingSettings, Stage1Settings
 from diffcolor_core.diffusion import add_noise, clean_estimate, training_target
 from diffcolor_core.models import Checkpoint
@@ -70,8 +70,8 @@ def colorize_with_prior(
     negatives = checkpoint.clip_text_features(settings.anti_color_prompts)
 
     # 2. N1 steps of L = w_con L_con + w_diff L_diff, equation (3)
-    unet = copy.deepcopy(checkpoint.unet).requires_grad_(True)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=settings.learning_rate)
+    unet = trainable_copy(checkpoint.unet, settings.adapter_rank, generator)
+    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=settings.learning_rate)
     num_timesteps = round(len(checkpoint.scheduler.alphas_cumprod) * settings.max_timestep)
     losses: dict[str, list[float]] = {"contrastive": [], "diffusion": []}
     for step in range(settings.num_steps):

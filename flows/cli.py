@@ -55,15 +55,24 @@ def colorize(
     preset: PresetOption = "demo",
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
+    image_format: Annotated[
+        Literal["png", "tiff", "jpeg", "webp"],
+        typer.Option("--format", help="`png` and `tiff` keep every bit; `jpeg` and `webp` are 8-bit access copies."),
+    ] = "png",
+    save_fit: Annotated[
+        str | None, typer.Option(help="Keep the fit in this folder or URL, for later colours without fitting again.")
+    ] = None,
 ) -> None:
     """Colorize one picture, without Prefect or Ray.
 
-    Writes primary.png (colours from the prompt alone) and target-1.png, target-2.png, ... into OUT.
+    Writes primary.png (colours from the prompt alone) and target-1.png, target-2.png, ... into OUT,
+    each with the scan's metadata and marked as machine-colorized.
 
     Example: `diffcolor colorize scan.png --prompt "a ball and a box on a table before a wall" --target
     "a red ball and a blue box on a green table before a yellow wall" --out out/one`
     """
     from diffcolor_core import DiffColor, preset as settings_preset, read_scan
+    from diffcolor_core.formats import SUFFIX, encode
 
     targets = target or []
     try:
@@ -91,14 +100,16 @@ def colorize(
             fit = pipe.fit(scan, prompt, seed=seed, progress=show)
         except ValueError as error:
             raise _fail(error, 2) from error
-        results = {"primary.png": pipe.recolor(fit)}
+        if save_fit is not None:
+            fit.save(save_fit)
+        results = {f"primary{SUFFIX[image_format]}": pipe.recolor(fit)}
         for number, text in enumerate(targets, 1):
             show("recolor", number - 1, len(targets))
-            results[f"target-{number}.png"] = pipe.recolor(fit, text)
+            results[f"target-{number}{SUFFIX[image_format]}"] = pipe.recolor(fit, text)
             show("recolor", number, len(targets))
     table = Table("file", "prompt", "colorfulness", "CLIP", "p99 |ΔL*|", "seconds")
     for name, result in results.items():
-        result.image.save(out / name)
+        (out / name).write_bytes(encode(result.image, image_format, fit.provenance(result.prompt), scan.metadata))
         m = result.metrics
         figures = (f"{m['colorfulness']:.1f}", f"{m['clip_similarity']:.3f}", f"{m['p99_abs_delta_l']:.3f}")
         table.add_row(str(out / name), result.prompt, *figures, f"{result.sampling_seconds:.1f}")
@@ -127,6 +138,12 @@ def run(
     shard_size: Annotated[int, typer.Option(min=1, help="Images per Prefect task.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
     seed: SeedOption = 0,
+    image_format: Annotated[
+        Literal["png", "tiff"], typer.Option("--format", help="Of the pictures: lossless, at the scan's bit depth.")
+    ] = "png",
+    access_copy: Annotated[
+        Literal["jpeg", "webp"] | None, typer.Option(help="Write a small lossy copy beside each picture.")
+    ] = None,
     run_id: Annotated[
         str | None, typer.Option(help="Name of the run in the manifest. Default: its start time.")
     ] = None,
@@ -168,6 +185,8 @@ def run(
             shard_size=shard_size,
             limit=limit,
             seed=seed,
+            image_format=image_format,
+            access_copy=access_copy,
             run_id=run_id,
         )
     except Exception as error:  # the flow has logged its own trace

@@ -5,7 +5,7 @@ import secrets
 from collections import Counter
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -71,6 +71,8 @@ def colorize_archive(
     shard_size: AtLeastOne = 32,
     limit: AtLeastOne | None = None,
     seed: int = 0,
+    image_format: Literal["png", "tiff"] = "png",
+    access_copy: Literal["jpeg", "webp"] | None = None,
     run_id: str | None = None,
 ) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
@@ -90,6 +92,8 @@ def colorize_archive(
         shard_size: Images per Prefect task.
         limit: Only the first so many images.
         seed: Seed of every image's random draws.
+        image_format: Of the colorized pictures, "png" or "tiff": lossless, at the scan's bit depth.
+        access_copy: "jpeg" or "webp" for a small lossy copy beside each picture.
         run_id: Name of the run in the manifest; by default its start time.
     """
     logger = get_run_logger()
@@ -105,6 +109,8 @@ def colorize_archive(
         settings=settings_preset(preset),
         seed=seed,
         device="cuda" if gpus_per_actor > 0 else "cpu",
+        image_format=image_format,
+        access_copy=access_copy,
     )
     source, target = Store(archive), Store(output)
     if not source.exists():

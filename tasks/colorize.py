@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from diffcolor_core import DiffColor, Result, __version__, read_scan
+from diffcolor_core import DiffColor, Fit, Picture, Result, __version__, read_scan
+from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.planning import PlannedImage, RunConfig
 from tasks.storage import Store, slug
 
@@ -62,6 +63,7 @@ class ImageWorker:
                 "height_px": scan.height_px,
                 "bit_depth": scan.bit_depth,
                 "input_mode": scan.mode,
+                "pages_left_out": scan.num_pages - 1,
             }
             fit = self.pipe.fit(scan, planned.work.context_prompt or "", seed=self.config.seed)
         except ValueError as error:  # an unreadable image, a prompt that cannot be used
@@ -72,37 +74,58 @@ class ImageWorker:
             "stage2_seconds": fit.stage2_seconds,
         }
         folder = f"images/{slug(planned.work.image_key)}-{shared['input_sha256'][:12]}"
-        primary_key = f"{folder}/primary-{self.config.config_sha256(planned.work.context_prompt, None)[:12]}.png"
-        primary = fit.primary_picture.encode_png()
-        self.output.write(primary_key, primary)
-        shared["primary_uri"] = self.output.uri(primary_key)
+        context = planned.work.context_prompt
+        primary = self._write(
+            f"{folder}/primary-{self._digest(context, None)}", fit.primary_picture, fit, context or ""
+        )
+        shared["primary_uri"] = primary["output_uri"]
         fit_seconds = time.perf_counter() - start
 
         rows = []
         for index, variant in enumerate(planned.work.variants):
             start = time.perf_counter()
             result = self.pipe.recolor(fit, variant.target_prompt)
-            key, encoded = primary_key, primary
+            files = primary
             if variant.target_prompt is not None:
-                digest = self.config.config_sha256(planned.work.context_prompt, variant.target_prompt)
-                key, encoded = f"{folder}/target-{digest[:12]}.png", result.image.encode_png()
-                self.output.write(key, encoded)
+                stem = f"{folder}/target-{self._digest(context, variant.target_prompt)}"
+                files = self._write(stem, result.image, fit, variant.target_prompt)
             seconds = fit_seconds + time.perf_counter() - start
-            rows.append(self._row(planned, index, result, shared, self.output.uri(key), encoded, seconds))
+            rows.append(self._row(planned, index, result, shared | files, seconds))
         return rows
 
-    def _row(
-        self, planned: PlannedImage, index: int, result: Result, shared: Row, uri: str, encoded: bytes, seconds: float
-    ) -> Row:
+    def _digest(self, context_prompt: str | None, target_prompt: str | None) -> str:
+        return self.config.config_sha256(context_prompt, target_prompt)[:12]
+
+    def _write(self, stem: str, picture: Picture, fit: Fit, prompt: str) -> Row:
+        """Write a picture and its access copy; where they are, as columns."""
+        assert fit.scan is not None  # it was fitted here
+        provenance = fit.provenance(prompt, self.config.run_id)
+        columns = {}
+        formats: tuple[tuple[str, ImageFormat | None], ...] = (
+            ("output_uri", self.config.image_format),
+            ("access_uri", self.config.access_copy),
+        )
+        for column, image_format in formats:
+            if image_format is None:
+                continue
+            data = encode(picture, image_format, provenance, fit.scan.metadata)
+            key = f"{stem}{SUFFIX[image_format]}"
+            self.output.write(key, data)
+            columns[column] = self.output.uri(key)
+            if column == "output_uri":
+                columns["output_sha256"] = hashlib.sha256(data).hexdigest()
+        return columns
+
+    def _row(self, planned: PlannedImage, index: int, result: Result, shared: Row, seconds: float) -> Row:
         return (
             base_row(self.config, planned, index)
             | shared
             | result.metrics
             | {
                 "status": "ok",
-                "output_uri": uri,
-                "output_sha256": hashlib.sha256(encoded).hexdigest(),
                 "alpha": result.alpha,
+                "alpha_scores": [{"alpha": a, "score": s} for a, s in result.alpha_scores.items()],
+                "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "total_seconds": seconds,
                 "device_name": device_name(self.pipe.checkpoint.device),

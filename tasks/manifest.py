@@ -40,8 +40,10 @@ _COLUMNS = (
     _Column("height_px", pa.int32(), "Upright height.", "px"),
     _Column("bit_depth", pa.int32(), "Of the output, which is that of the input: 8 or 16.", "bit"),
     _Column("input_mode", pa.string(), "Pixel layout as the decoder names it."),
+    _Column("pages_left_out", pa.int32(), "Pages of the file after the first, which is the one colorized."),
     _Column("output_uri", pa.string(), "Where the colorized image is."),
     _Column("output_sha256", pa.string(), "Hash of the colorized image file's bytes."),
+    _Column("access_uri", pa.string(), "Where the lossy access copy is; null if none was asked for."),
     _Column("primary_uri", pa.string(), "Where the primary (stage 1's result, aligned) is."),
     _Column("context_prompt", pa.string(), "c: what is in the picture."),
     _Column("rewritten_prompt", pa.string(), "c': the context prompt with an identifier per noun phrase."),
@@ -51,6 +53,26 @@ _COLUMNS = (
     _Column("config_sha256", pa.string(), "Hash of all that shapes the result besides the image.", nullable=False),
     _Column("seed", pa.int64(), "Seed of every random draw.", nullable=False),
     _Column("alpha", pa.float64(), "Of equation (7); null for the primary."),
+    _Column(
+        "alpha_scores",
+        pa.list_(pa.struct([("alpha", pa.float64()), ("score", pa.float64())])),
+        "How well each alpha that was tried obeyed the prompt, at most 0.9; empty if there was no choice.",
+    ),
+    _Column(
+        "nouns",
+        pa.list_(
+            pa.struct(
+                [
+                    ("noun", pa.string()),
+                    ("color", pa.string()),
+                    ("agreement", pa.float64()),
+                    ("achievable_chroma", pa.float64()),
+                    ("feasible", pa.bool_()),
+                ]
+            )
+        ),
+        "What became of each noun's colour word: agreement of hue (-1 to 1), and whether sRGB has it at that L*.",
+    ),
     _Column("colorfulness", pa.float64(), "Hasler and Suesstrunk 2003, 0..255 scale."),
     _Column("clip_similarity", pa.float64(), "Cosine of the guidance CLIP between the image and the prompt asked for."),
     _Column("mean_abs_delta_l", pa.float64(), "Mean |L* output - L* input| of the saved pixels.", "L*"),

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from diffcolor_core.colorizer import METHOD_VERSION
 from diffcolor_core.config import Settings
@@ -27,6 +27,10 @@ class RunConfig:
     settings: Settings
     seed: int
     device: str
+    image_format: Literal["png", "tiff"] = "png"
+    """Of the colorized pictures: lossless, at the scan's bit depth."""
+    access_copy: Literal["jpeg", "webp"] | None = None
+    """A small lossy copy beside each picture."""
 
     def config_sha256(self, context_prompt: str | None, target_prompt: str | None) -> str:
         """Hash of all that shapes a result besides the image itself."""
@@ -36,6 +40,7 @@ class RunConfig:
             "settings": self.settings.sha256(),
             "seed": self.seed,
             "prompts": [context_prompt, target_prompt],
+            "files": [self.image_format, self.access_copy],
         }
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffcolor_core import preset
+from diffcolor_core.demo.evaluate import asked_colors
+from diffcolor_core.demo.scenes import COLOR_WORDS
+from diffcolor_core.models import load_checkpoint
+from diffcolor_core.study import METHODS, TASKS, run_study, summarise
+from diffcolor_core.study.cases import draw_cases
+from diffcolor_core.study.scores import lab_of, leakage, region_right, region_scores
+from tests.core.test_colorizer import QUICK
+
+
+def words(prompt: str) -> list[str]:
+    return [word for word in prompt.split() if word in COLOR_WORDS]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_seed_draws_the_same_cases(task):
+    one, two = (list(draw_cases(task, 3, 5, 64)) for _ in range(2))
+    assert [(c.context_prompt, c.prompt, c.edited) for c in one] == [
+        (c.context_prompt, c.prompt, c.edited) for c in two
+    ]
+    assert all(np.array_equal(a.gray.pixels, b.gray.pixels) for a, b in zip(one, two, strict=True))
+
+
+def test_a_full_prompt_names_colours_the_scene_does_not_have():
+    for case in draw_cases("full-prompt", 10, 1, 64):
+        assert words(case.context_prompt) == []
+        asked, true = words(case.prompt), [region.color for region in case.scene.spec.regions]
+        assert all(a != t for a, t in zip(asked, true, strict=True))
+        differing = [i for i, (a, b) in enumerate(zip(asked, words(case.edited_prompt), strict=True)) if a != b]
+        assert differing == [case.edited]
+
+
+def test_an_edit_changes_one_word():
+    for case in draw_cases("edit", 10, 2, 64):
+        before, after = words(case.context_prompt), words(case.prompt)
+        assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [case.edited]
+        np.testing.assert_array_equal(case.start.pixels, case.truth.pixels)
+
+
+def test_an_automatic_case_asks_for_nothing():
+    (case,) = draw_cases("automatic", 1, 3, 64)
+    assert words(case.context_prompt) == []
+    assert set(case.asked) == {None}
+
+
+def test_the_truth_scores_as_its_own_caption_says():
+    right = []
+    for case in draw_cases("edit", 10, 4, 128):
+        own = type(case)(**{**vars(case), "asked": tuple(asked_colors(case.scene.spec))})
+        scores = region_scores(own, lab_of(case.truth))
+        right.append(scores["all_right_per_image"])
+        assert (
+            not region_right(case, lab_of(case.truth), case.edited) or case.asked[case.edited] == own.asked[case.edited]
+        )
+    assert np.mean(right) >= 0.9
+
+
+def test_leakage_counts_the_outside_only():
+    before, after = torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)
+    mask = torch.zeros(64, 64)
+    mask[20:40, 20:40] = 1
+    after[1, 20:40, 20:40] = 50
+    assert leakage(before, after, mask) == (0.0, 0.0)
+    after[1, 41] = 10
+    outside, band = leakage(before, after, mask)
+    assert 0 < outside < band
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_setting(name):
+    derived = METHODS[name].derive(preset("paper"))
+    assert METHODS[name].derive(derived) == derived
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_study_runs_and_scores_saved_files(tiny_folder, tmp_path, task):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    told = []
+    figures = run_study(
+        checkpoint,
+        QUICK,
+        task=task,
+        methods=["full", "img2img", "stage1"],
+        num=2,
+        seed=3,
+        folder=tmp_path,
+        judge=checkpoint,
+        progress=lambda *a: told.append(a),
+    )
+    assert told[-1][1:] == (6, 6)
+    summary = summarise(figures)
+    assert set(summary) == {"full", "img2img", "stage1"}
+    for method in summary:
+        assert len(list((tmp_path / task).rglob(f"{method}.png"))) == 2
+        assert summary[method]["p99_abs_delta_l"]["mean"] <= 0.5
+        assert len(figures[method]["clip_similarity"]) == 2
+    assert ("edit_success" in summary["full"]) == (task == "edit")
+    assert ("leakage" in summary["full"]) == (task != "automatic")
+
+
+def test_unknown_names_are_refused_with_the_known_ones(tiny_folder, tmp_path):
+    common = {"num": 1, "seed": 0, "folder": tmp_path}
+    checkpoint = load_checkpoint(str(tiny_folder))
+    with pytest.raises(ValueError, match="img2img"):
+        run_study(checkpoint, QUICK, task="edit", methods=["best"], **common)
+    with pytest.raises(ValueError, match="full-prompt"):
+        run_study(checkpoint, QUICK, task="all", methods=["full"], **common)
+
+
+def test_intervals_leave_out_what_does_not_apply():
+    figures = {"full": {"some": [1.0, math.nan, 0.0, 1.0], "none": [math.nan] * 4, "same": [2.0] * 4}}
+    (summary,) = summarise(figures).values()
+    assert set(summary) == {"some", "same"}
+    assert summary["some"]["mean"] == pytest.approx(2 / 3)
+    assert summary["some"]["low"] <= summary["some"]["mean"] <= summary["some"]["high"]
+    assert summary["same"] == {"mean": 2, "low": 2, "high": 2, "scenes": 4}
