@@ -7,8 +7,7 @@ scene's: where things stand is given, every colour is the words'.
 """
 
 import json
-from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -18,7 +17,17 @@ from torch.nn import functional as F
 
 from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.config import SamplingSettings
-from diffcolor_core.demo.scenes import NEUTRALS, Scene, SceneSpec, caption, draw_scene, nearest_color, recolored, render
+from diffcolor_core.demo.scenes import (
+    NEUTRALS,
+    Scene,
+    SceneSpec,
+    caption,
+    draw_scene,
+    nearest_color,
+    objects_swapped,
+    recolored,
+    render,
+)
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.sampling import generate
 
@@ -39,15 +48,6 @@ def eroded(mask: Tensor, radius: int = 1) -> Tensor:
 def asked_colors(spec: SceneSpec) -> list[str]:
     """The colour each region was captioned with; the neutrals are one, since L* tells them apart."""
     return ["neutral" if region.color in NEUTRALS else region.color for region in spec.regions]
-
-
-def swapped(spec: SceneSpec) -> SceneSpec:
-    """The two objects' colours exchanged."""
-    one, two = spec.objects
-    colors: list[dict[str, Any]] = [
-        {"color": o.color, "hue_degrees": o.hue_degrees, "chroma": o.chroma} for o in (two, one)
-    ]
-    return replace(spec, objects=(replace(one, **colors[0]), replace(two, **colors[1])))
 
 
 def draw_pictures(
@@ -79,7 +79,7 @@ def evaluate(
         spec = recolored(draw_scene(rng, num_objects=2, style="photo"), rng)
         while asked_colors(spec)[0] == asked_colors(spec)[1]:
             spec = recolored(spec, rng)
-        scene, pair = render(spec, size), [spec, swapped(spec)]
+        scene, pair = render(spec, size), [spec, objects_swapped(spec)]
         x = draw_pictures(checkpoint, scene, [caption(s) for s in pair], sampling, generator)
         found = [region_colors(picture, scene) for picture in x]
         asked = [asked_colors(s) for s in pair]

@@ -7,6 +7,7 @@ colours: whatever colours a model gives, it has them from the prompt or from its
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,17 @@ def recolored(spec: SceneSpec, rng: np.random.Generator) -> SceneSpec:
                 return replace(region, **color)  # type: ignore[arg-type]
 
     return replace(spec, objects=tuple(other(o) for o in spec.objects), table=other(spec.table), wall=other(spec.wall))
+
+
+def objects_swapped(spec: SceneSpec) -> SceneSpec:
+    """The two objects' colours exchanged; a scene of one object stays as it is."""
+    if len(spec.objects) != 2:
+        return spec
+    colors: list[dict[str, Any]] = [
+        {"color": o.color, "hue_degrees": o.hue_degrees, "chroma": o.chroma} for o in reversed(spec.objects)
+    ]
+    one, two = spec.objects
+    return replace(spec, objects=(replace(one, **colors[0]), replace(two, **colors[1])))
 
 
 # ------------------------------------------------------------------ captions

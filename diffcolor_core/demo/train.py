@@ -40,7 +40,7 @@ from diffcolor_core.demo.parts import (
     build_vae,
     save_bundle,
 )
-from diffcolor_core.demo.scenes import COLOR_WORDS, OBJECT_KINDS
+from diffcolor_core.demo.scenes import COLOR_WORDS, OBJECT_KINDS, objects_swapped
 
 SHORT_LENGTH = 32  # tokens; three quarters of the batches are padded to this only, a quarter to all 77
 NOUNS = (*OBJECT_KINDS, "table", "wall")
@@ -222,6 +222,14 @@ def grounding_loss(maps: list[Tensor], region_cells: Tensor, noun_tokens: Tensor
     return torch.stack(losses).mean()
 
 
+def binding_loss(error_true: Tensor, error_confused: Tensor) -> Tensor:
+    """How little worse the objects [N] come out under captions that confuse their colours; log 2 if no worse."""
+    if len(error_true) == 0:
+        return torch.zeros((), device=error_true.device)
+    scale = (error_true + error_confused).detach() / 4
+    return F.softplus((error_true - error_confused) / scale).mean()
+
+
 def noun_positions(ids: Tensor, noun_of: Tensor, most: int) -> Tensor:
     """Where the nouns stand in token ids [B, L], in their order: [B, most], -1 where there are fewer."""
     is_noun = noun_of[ids] >= 0
@@ -244,10 +252,12 @@ def train_unet(
 ) -> None:
     """v-prediction on cached latents [N, 6, 16, 16] and grounded attention; 10% of captions are empty.
 
-    Half of the timesteps come from the noisier part, where a thing's shape shows and its colour does
-    not; cells that objects cover count three times; errors are measured before the `stretch` [6, 6]
-    of `emphasise_luminance`, so that colour counts as much as luminance; and the weight of faint
-    noise is capped (min-SNR's cap, gamma 5, on v-prediction's own weighting).
+    Most timesteps come from the range where a thing's shape shows and its colour does not; cells that
+    objects cover count three times; errors are measured before the `stretch` [6, 6] of
+    `emphasise_luminance`, so that colour counts as much as luminance; the weight of faint noise is
+    capped (min-SNR's cap, gamma 5, on v-prediction's own weighting). A third of the pictures are
+    denoised under a hard negative too, their caption with the objects' colours exchanged, which must
+    fit worse.
     """
     abar = scheduler.alphas_cumprod.to(device)
     shrink = torch.linalg.inv(stretch).to(device)
@@ -257,27 +267,42 @@ def train_unet(
 
     def loss_of(step: int, recorder: RecordedAttention) -> Tensor:
         rng = step_rng(seed, "unet", step)
-        indices = np.sort(rng.choice(len(latents), size=32, replace=False))
+        indices = np.sort(rng.choice(len(latents), size=24, replace=False))
         specs = [scene_spec(seed, int(i)) for i in indices]
-        captions = ["" if rng.random() < 0.1 else draw_caption(spec, rng) for spec in specs]
+        captions: list[str] = []
+        confused: dict[int, str] = {}  # the row of a picture: its caption with the objects' colours exchanged
+        for row, spec in enumerate(specs):
+            draws = int(rng.integers(2**62))
+            wordings = [draw_caption(s, np.random.default_rng(draws)) for s in (spec, objects_swapped(spec))]
+            captions.append("" if rng.random() < 0.1 else wordings[0])
+            if captions[-1] and wordings[0] != wordings[1] and len(confused) < 8:
+                confused[row] = wordings[1]
+        rows = [*range(len(specs)), *confused]
         length = SHORT_LENGTH if rng.random() < 0.75 else MAX_LENGTH
-        ids = tokenize(tokenizer, captions, length).to(device)
+        ids = tokenize(tokenizer, [*captions, *confused.values()], length).to(device)
         z = latents[indices].to(device).float()
         regions = torch.from_numpy(region_cells[indices]).to(device).long()
-        t = torch.from_numpy(rng.integers(np.where(rng.random(len(indices)) < 0.5, 400, 0), 1000)).to(device)
+        middle = rng.random(len(indices)) < 0.6
+        t = torch.from_numpy(rng.integers(np.where(middle, 550, 0), np.where(middle, 950, 1000))).to(device)
         eps = torch.randn(z.shape, device=device)
         a = abar[t].view(-1, 1, 1, 1)
+        z_t = a.sqrt() * z + (1 - a).sqrt() * eps
+        target = a.sqrt() * eps - (1 - a).sqrt() * z
         recorder.maps.clear()
         with torch.autocast(device.type, torch.bfloat16):
             embeds = denoiser.text_encoder(ids).last_hidden_state
-            prediction = denoiser.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, embeds).sample.float()
-        error = torch.einsum("ij,bjhw->bihw", shrink, prediction - (a.sqrt() * eps - (1 - a).sqrt() * z))
+            prediction = denoiser.unet(z_t[rows], t[rows], embeds).sample.float()
+        error = torch.einsum("ij,bjhw->bihw", shrink, prediction - target[rows]).pow(2)
         num_objects = torch.tensor([len(spec.objects) for spec in specs], device=device).view(-1, 1, 1)
-        cells = 1 + 2 * (regions < num_objects).float()[:, None]
-        weight = (6 / (a / (1 - a) + 1)).clamp(max=1) * cells / cells.mean()
-        shares = F.one_hot(regions, most).movedim(-1, 1).float() * cells / cells.mean()
-        grounding = grounding_loss(recorder.maps, shares, noun_positions(ids, noun_of, most))
-        return (error.pow(2) * weight).mean() + 0.3 * grounding
+        on_object = (regions < num_objects).float()[:, None]
+        cells = (1 + 2 * on_object) / (1 + 2 * on_object).mean()
+        weight = (6 / (a / (1 - a) + 1)).clamp(max=1) * cells
+        reconstruction = (error[: len(specs)] * weight).mean()
+        shares = F.one_hot(regions, most).movedim(-1, 1).float() * cells
+        grounding = grounding_loss(recorder.maps, shares[rows], noun_positions(ids, noun_of, most))
+        of_objects = (error * on_object[rows]).mean(dim=(1, 2, 3))
+        binding = binding_loss(of_objects[list(confused)], of_objects[len(specs) :])
+        return reconstruction + 0.3 * grounding + 0.1 * binding
 
     groups = [
         {"params": list(denoiser.unet.parameters()), "lr": 2e-3},
@@ -306,7 +331,7 @@ def train(
     vae_steps: int = 1200,
     clip_steps: int = 1000,
     text_steps: int = 600,
-    unet_steps: int = 9000,
+    unet_steps: int = 6000,
 ) -> None:
     """Train the demo model from nothing, or go on where an earlier call was stopped."""
     checkpoints = out / "checkpoints"

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from diffcolor_core.color import srgb_to_lab
-from diffcolor_core.demo.dataset import draw_caption, swap_colors
-from diffcolor_core.demo.evaluate import asked_colors, region_colors, swapped
+from diffcolor_core.demo.dataset import draw_caption, scene_spec, swap_colors
+from diffcolor_core.demo.evaluate import asked_colors, region_colors
 from diffcolor_core.demo.scenes import (
     COLOR_WORDS,
     HUES,
@@ -14,6 +14,7 @@ from diffcolor_core.demo.scenes import (
     caption,
     draw_scene,
     nearest_color,
+    objects_swapped,
     recolored,
     reference_colors,
     render,
@@ -73,7 +74,7 @@ def test_captions():
     gray = scenes(1, style="grayscale")[0]
     assert caption(gray).startswith("a grayscale photograph")
     one, two = spec.objects
-    other = swapped(spec)
+    other = objects_swapped(spec)
     assert (other.objects[0].color, other.objects[1].color) == (two.color, one.color)
 
 
@@ -126,3 +127,76 @@ def test_training_resumes_where_it_stopped(tmp_path):
     broken = train(tmp_path / "broken", 2, 5, None)
     assert torch.equal(whole, broken)
     assert torch.equal(train(tmp_path / "again", None, None), whole)  # a finished part only loads
+
+
+# ------------------------------------------------------------------ what teaches binding
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from diffcolor_core.demo.parts import build_tokenizer
+
+    rng = np.random.default_rng(0)
+    return build_tokenizer([draw_caption(scene_spec(0, i), rng) for i in range(50)])
+
+
+def test_colour_words_and_nouns_are_one_token_each(tokenizer):
+    from diffcolor_core.demo.train import NOUNS, noun_positions, tokenize, word_tables
+
+    colors, nouns = word_tables(tokenizer, torch.device("cpu"))
+    assert sorted(colors[colors > 0].tolist()) == list(range(1, len(COLOR_WORDS) + 1))
+    assert sorted(nouns[nouns >= 0].tolist()) == list(range(len(NOUNS)))
+    ids = tokenize(tokenizer, ["a red ball and a blue box on a table before a wall", "", "a cone"], 32)
+    positions = noun_positions(ids, nouns, 4)
+    assert [tokenizer.decode([i]) for i in ids[0, positions[0]]] == ["ball", "box", "table", "wall"]
+    assert positions[1].tolist() == [-1] * 4
+    assert (positions[2] >= 0).tolist() == [True, False, False, False]
+
+
+def test_grounding_is_rewarded_where_a_cell_looks_at_its_own_noun():
+    from diffcolor_core.demo.train import grounding_loss
+
+    regions = torch.zeros(1, 2, 4, 4)
+    regions[0, 0, :2] = 1
+    regions[0, 1, 2:] = 1
+    tokens = torch.tensor([[3, 5]])
+    right = torch.full((1, 16, 8), 0.01)
+    right[0, :8, 3] = right[0, 8:, 5] = 0.9
+    assert grounding_loss([right], regions, tokens) < 0.05
+    assert grounding_loss([right.flip(1)], regions, tokens) > 2
+    assert grounding_loss([right], regions, torch.tensor([[-1, -1]])) == 0
+
+
+def test_confused_captions_must_fit_worse():
+    from diffcolor_core.demo.train import binding_loss
+
+    one, two = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 3.0])
+    assert binding_loss(one, one) == pytest.approx(np.log(2))
+    assert binding_loss(one, two) < 0.2 < 1 < binding_loss(two, one)
+    assert binding_loss(torch.zeros(0), torch.zeros(0)) == 0
+
+
+def test_emphasising_luminance_leaves_the_pictures_as_they_were():
+    from diffcolor_core.demo.parts import build_vae
+    from diffcolor_core.demo.train import emphasise_luminance
+
+    torch.manual_seed(0)
+    vae = build_vae().eval().requires_grad_(False)
+    rng = np.random.default_rng(0)
+    x = torch.stack([render(draw_scene(rng), 64).rgb for _ in range(8)]) * 2 - 1
+    before = vae.decode(vae.encode(x).latent_dist.mean).sample
+    stretch = emphasise_luminance(vae, x, factor=3)
+    torch.testing.assert_close(vae.decode(vae.encode(x).latent_dist.mean).sample, before, atol=1e-4, rtol=1e-4)
+    assert torch.linalg.eigvalsh(stretch).tolist() == pytest.approx([1, 1, 1, 1, 1, 3], abs=1e-4)
+    assert float((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_swapping_exchanges_the_objects_colours_only():
+    rng = np.random.default_rng(3)
+    spec = draw_scene(rng, num_objects=2)
+    swapped = objects_swapped(spec)
+    assert [o.color for o in swapped.objects] == [o.color for o in spec.objects][::-1]
+    assert [o.noun for o in swapped.objects] == [o.noun for o in spec.objects]
+    assert objects_swapped(swapped) == spec
+    single = draw_scene(rng, num_objects=1)
+    assert objects_swapped(single) == single
