@@ -289,10 +289,17 @@ def study(
     preset: PresetOption = "demo",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
     judge: Annotated[
-        str | None, typer.Option(help="A CLIP that no method was optimised with: folder or `owner/name@commit`.")
+        str | None,
+        typer.Option(
+            help="A CLIP that no method was optimised with: folder or `owner/name@commit`. The demo model has one."
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with intervals.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the pictures in this folder.")] = None,
+    photos: Annotated[
+        Path | None,
+        typer.Option(help="Instead of scenes: a folder of colour photographs with a catalog.csv, turned gray first."),
+    ] = None,
 ) -> None:
     """Measure the method and its rivals on rendered scenes whose colours are known.
 
@@ -304,8 +311,8 @@ def study(
     import tempfile
 
     from diffcolor_core import preset as settings_preset
-    from diffcolor_core.models import load_checkpoint
-    from diffcolor_core.study import METHODS, run_study, summarise
+    from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
+    from diffcolor_core.study import METHODS, run_photographs, run_study, summarise
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]
     if methods == ["list"]:
@@ -316,20 +323,21 @@ def study(
     try:
         settings = settings_preset(preset)
         checkpoint = load_checkpoint(model, device=device)
+        if judge is None and model == "demo":
+            judge = str(DEMO_FOLDER / "judge")
         judging = None if judge is None else load_checkpoint(model, clip=judge, device=device)
         with tempfile.TemporaryDirectory() as temporary, Progress(*columns, TimeElapsedColumn(), console=errors) as bar:
             line = bar.add_task("study", total=num * len(methods))
-            figures = run_study(
-                checkpoint,
-                settings,
-                task=task,
-                methods=methods,
-                num=num,
-                seed=seed,
-                folder=keep or Path(temporary),
-                judge=judging,
-                progress=lambda name, done, _: bar.update(line, description=name, completed=done),
-            )
+
+            def show(name: str, done: int, total: int) -> None:
+                bar.update(line, description=name, completed=done, total=total)
+
+            common: dict[str, Any] = {"methods": methods, "num": num, "seed": seed, "progress": show}
+            common["folder"] = keep or Path(temporary)
+            if photos is not None:
+                figures = run_photographs(checkpoint, settings, photos, **common)
+            else:
+                figures = run_study(checkpoint, settings, task=task, judge=judging, **common)
     except (ValueError, OSError) as error:
         raise _fail(error, 2) from error
     summary = summarise(figures)

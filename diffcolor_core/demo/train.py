@@ -1,10 +1,11 @@
 """Train the demo model: `python -m diffcolor_core.demo.train --out out/demo-model`.
 
-Five parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower).
+Six parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower),
+and a second CLIP, the judge, for measuring what the first one was optimised with.
 Each part checkpoints into OUT/checkpoints and resumes from there; a finished part is not repeated.
 Every draw comes from a generator seeded by (seed, part, step), so a resumed training sees exactly
 what an unbroken one would have seen. The result is OUT/bundle: an ordinary diffusers folder, fp16,
-with the guidance CLIP in its subfolder `clip`.
+with the CLIPs in its subfolders `clip` and `judge`.
 
 Which word colours which object (binding) is the hard part. Three things teach it: a text tower that
 has learned first which colour word belongs to which noun, latents in which luminance outlasts
@@ -102,14 +103,18 @@ def train_clip(
     pictures: np.ndarray,
     *,
     seed: int,
+    part: str,
     num_steps: int,
     checkpoints: Path,
     device: torch.device,
 ) -> None:
-    """Contrastive training; each picture also faces a caption of its own with two colours exchanged."""
+    """Contrastive training; each picture also faces a caption of its own with two colours exchanged.
+
+    part: the checkpoint's name, which also seeds the draws.
+    """
 
     def loss_of(step: int) -> Tensor:
-        rng = step_rng(seed, "clip", step)
+        rng = step_rng(seed, part, step)
         indices = _batch(pictures, rng, 96)
         captions = [draw_caption(scene_spec(seed, int(i)), rng) for i in indices]
         negatives = [swap_colors(text, rng) for text in captions]
@@ -133,7 +138,7 @@ def train_clip(
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(captions)].T, target)) / 2
 
     groups = [{"params": list(clip.parameters()), "lr": 1e-3}]
-    fit_part("clip", clip, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
+    fit_part(part, clip, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> Tensor:
@@ -350,12 +355,14 @@ def train(
     common: dict[str, Any] = {"seed": seed, "checkpoints": checkpoints, "device": where}
     train_vae(vae, pictures, num_steps=vae_steps, **common)
     stretch = emphasise_luminance(vae, _pixels(pictures, np.arange(512), where))
-    train_clip(clip, tokenizer, pictures, num_steps=clip_steps, **common)
+    train_clip(clip, tokenizer, pictures, part="clip", num_steps=clip_steps, **common)
     train_text(denoiser.text_encoder, tokenizer, num_steps=text_steps, **common)
     latents = _encode_all(vae, pictures, where)
     cells = cached_region_cells(out, seed=seed, num_scenes=num_scenes, cells=latents.shape[-1])
     train_unet(denoiser, tokenizer, scheduler, latents, cells, stretch, num_steps=unet_steps, **common)
-    save_bundle(out / "bundle", tokenizer, vae, clip, denoiser.unet, denoiser.text_encoder, scheduler)
+    judge = build_clip(tokenizer).to(where)  # another start, other draws: no method is optimised with it
+    train_clip(judge, tokenizer, pictures, part="judge", num_steps=clip_steps, **common)
+    save_bundle(out / "bundle", tokenizer, vae, clip, judge, denoiser.unet, denoiser.text_encoder, scheduler)
     print(f"bundle: {out / 'bundle'}")
 
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffcolor_core import preset
+from diffcolor_core import Picture, preset
 from diffcolor_core.demo.evaluate import asked_colors
 from diffcolor_core.demo.scenes import COLOR_WORDS
 from diffcolor_core.models import load_checkpoint
-from diffcolor_core.study import METHODS, TASKS, run_study, summarise
+from diffcolor_core.study import METHODS, TASKS, run_photographs, run_study, summarise
 from diffcolor_core.study.cases import draw_cases
+from diffcolor_core.study.photographs import fidelity
 from diffcolor_core.study.scores import lab_of, leakage, region_right, region_scores
 from tests.core.test_colorizer import QUICK
 
@@ -102,6 +103,27 @@ def test_a_study_runs_and_scores_saved_files(tiny_folder, tmp_path, task):
         assert len(figures[method]["clip_similarity"]) == 2
     assert ("edit_success" in summary["full"]) == (task == "edit")
     assert ("leakage" in summary["full"]) == (task != "automatic")
+
+
+def test_photographs_are_compared_with_what_they_were(tiny_folder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
+    picture = Picture(pixels)
+    assert fidelity(picture, picture) == {
+        "psnr": 100.0,
+        "ssim": pytest.approx(1),
+        "ssim_l": pytest.approx(1),
+        "colorfulness": pytest.approx(fidelity(picture, picture)["colorfulness"]),
+        "colorfulness_distance": 0.0,
+    }
+    picture.save(tmp_path / "one.png")
+    (tmp_path / "catalog.csv").write_text("image,context_prompt,target_prompt\none.png,a ball,a red ball\n")
+    figures = run_photographs(
+        load_checkpoint(str(tiny_folder)), QUICK, tmp_path, methods=["full"], num=5, seed=0, folder=tmp_path / "out"
+    )
+    assert figures["full"]["ssim_l"][0] > 0.99
+    (tmp_path / "catalog.csv").write_text("file\none.png\n")
+    with pytest.raises(ValueError, match="needs rows"):
+        run_photographs(load_checkpoint(str(tiny_folder)), QUICK, tmp_path, methods=[], num=1, seed=0, folder=tmp_path)
 
 
 def test_unknown_names_are_refused_with_the_known_ones(tiny_folder, tmp_path):
