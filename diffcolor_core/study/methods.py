@@ -53,6 +53,9 @@ METHODS: dict[str, Method] = {
     # ablations of the full method
     "no-stage1": Method(_with(stage1={"enabled": False}), "without stage 1"),
     "with-stage1": Method(_with(stage1={"enabled": True}), "with stage 1"),
+    "untrained-stage1": Method(
+        _with(stage1={"enabled": True, "num_steps": 0}), "the primary by the model as it is, no stage-1 training"
+    ),
     "no-contrastive": Method(_with(stage1={"enabled": True, "contrastive_weight": 0.0}), "stage 1, equation (1) off"),
     "no-anti-color": Method(
         _with(stage1={"enabled": True, "anti_color_prompts": ("",)}), "stage 1, an empty negative prompt"

@@ -71,6 +71,8 @@ def _score_one(
     context = case.prompt if method.fit_on_target and case.prompt is not None else case.context_prompt
     fit = pipe.fit(gray, context, seed=seed, primary=case.start)
     target = None if method.fit_on_target and case.start is None else case.prompt
+    if target is None and not pipe.settings.stage1.enabled:
+        target = case.context_prompt  # what is gray after the fit is coloured by its caption
     result = pipe.recolor(fit, target)
     lab = lab_of(_saved(result.image, stem))
     own = lab_of(case.gray)

@@ -2,9 +2,12 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from diffcolor_core import DiffColor
 from flows.cli import app
 
 
@@ -20,7 +23,7 @@ def run():
     return call
 
 
-@pytest.mark.parametrize("command", ["colorize", "run", "query", "status"])
+@pytest.mark.parametrize("command", ["colorize", "run", "query", "status", "study"])
 def test_help_teaches(run, command):
     assert "Example" in run(command, "--help") or command == "status"
     assert command in run("--help")
@@ -41,6 +44,28 @@ def test_one_picture(run, small_archive, tiny_folder, tmp_path):
     )
     assert {p.name for p in out.iterdir()} == {"primary.png", "target-1.png", "target-2.png"}
     assert "a blue ball on a table" in text
+
+
+def test_one_picture_as_tiff_with_its_fit_kept(run, small_archive, tiny_folder, tmp_path):
+    scan, out = small_archive / "scan 0.png", tmp_path / "one"
+    options = ("--prompt", "a ball on a table", "--format", "tiff", "--save-fit", tmp_path / "fit")
+    run("colorize", scan, *options, "--model", tiny_folder, "--out", out)
+    with Image.open(out / "primary.tif") as image:
+        assert b"a ball on a table" in image.tag_v2[700]
+    pipe = DiffColor.from_pretrained(str(tiny_folder))
+    result = pipe.recolor(pipe.load_fit(str(tmp_path / "fit")))
+    with Image.open(out / "primary.tif") as image:
+        np.testing.assert_array_equal(np.asarray(image), result.image.pixels)
+
+
+def test_a_study_by_command(run, tiny_folder, tmp_path):
+    options = ("--task", "edit", "--method", "img2img", "--num", 1, "--model", tiny_folder)
+    text = run("study", *options, "--json", tmp_path / "s.json", "--keep", tmp_path / "pictures")
+    assert "edit_success" in text
+    assert json.loads((tmp_path / "s.json").read_text())["img2img"]["leakage"]["mean"] >= 0
+    assert (tmp_path / "pictures" / "edit" / "0000" / "img2img.png").exists()
+    assert "imagic" in run("study", "--method", "list")
+    assert "no method best" in run("study", "--method", "best", "--model", tiny_folder, code=2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""The whole study: every task, baselines and ablations, to benchmarks/results/quality.json, a table and a picture.
+
+python benchmarks/quality.py --num 20 --seed 11        (about 2 hours on 2 CPU cores; it resumes)
+
+Each (task, method) is kept in OUT as soon as it is finished, and not run again for the same seed,
+number of scenes and settings.
+"""
+
+import json
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import typer
+
+from diffcolor_core import preset
+from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
+from diffcolor_core.study import run_study, summarise
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib import image as mpimg
+
+RIVALS = ["full", "img2img", "img2img-projected", "imagic", "text-to-image", "stage1"]
+PLAN = {
+    "full-prompt": [
+        *RIVALS,
+        "with-stage1",
+        "untrained-stage1",
+        "no-stage1",
+        "no-projection",
+        "no-alignment",
+        "vae-alignment",
+        "no-identifiers",
+        "adapters",
+        "alpha-0.8",
+        "alpha-1.0",
+        "alpha-1.2",
+        "alpha-auto",
+        "alpha-auto-weighted",
+    ],
+    "edit": ["full", "img2img", "img2img-projected", "imagic", "no-keep"],
+    "automatic": [
+        "full",
+        "img2img",
+        "img2img-projected",
+        "text-to-image",
+        "with-stage1",
+        "untrained-stage1",
+        "no-contrastive",
+        "no-anti-color",
+        "noise-target",
+        "all-timesteps",
+    ],
+}
+FIGURES = (
+    "object_color_accuracy",
+    "neutral_accuracy",
+    "all_right_per_image",
+    "edit_success",
+    "leakage",
+    "leakage_band",
+    "colorfulness_distance",
+    "clip_similarity",
+    "anti_color_look",
+    "p99_abs_delta_l",
+    "mean_abs_delta_l_before_lock",
+    "fit_seconds",
+    "recolor_seconds",
+)
+
+
+def main(
+    num: Annotated[int, typer.Option(help="Scenes.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of scenes and prompts.")] = 11,
+    preset_name: Annotated[str, typer.Option("--preset", help="Settings that the methods derive from.")] = "demo",
+    out: Annotated[Path, typer.Option(help="Folder for pictures and finished parts.")] = Path("out/quality"),
+    results: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/quality.json"),
+    figure: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("docs/quality.png"),
+) -> None:
+    """Run what is not there yet, then write figures, table and picture."""
+    settings = preset(preset_name)
+    checkpoint = load_checkpoint("demo")
+    judge = load_checkpoint("demo", clip=str(DEMO_FOLDER / "judge"))
+    name = f"{checkpoint.model_revision[7:15]}-{settings.sha256()[:8]}-{num}-{seed}"
+    tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for task, methods in PLAN.items():
+        tables[task] = {}
+        for method in methods:
+            part = out / name / f"{task}-{method}.json"
+            if not part.exists():
+                start = time.perf_counter()
+                common = {"task": task, "num": num, "seed": seed, "folder": out / name, "judge": judge}
+                scores = run_study(checkpoint, settings, methods=[method], **common)
+                part.write_text(json.dumps(summarise(scores)[method]))
+                print(f"{task} {method}: {time.perf_counter() - start:.0f} s", flush=True)
+            tables[task][method] = json.loads(part.read_text())
+    about = {
+        "scenes": num,
+        "seed": seed,
+        "preset": preset_name,
+        "model": f"demo {checkpoint.model_revision}",
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, no GPU",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {package: version_of(package) for package in ("torch", "diffusers", "transformers", "peft")},
+    }
+    results.write_text(json.dumps({"about": about, **tables}, indent=1) + "\n")
+    for task, table in tables.items():
+        print(f"\n{task}\n{markdown(table)}")
+    draw(out / name, figure, [m for m in PLAN["full-prompt"] if m in RIVALS], rows=min(num, 5))
+
+
+def markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A table of means with their 95% intervals."""
+    shown = [figure for figure in FIGURES if any(figure in row for row in table.values())]
+    lines = ["| method | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for method, row in table.items():
+        cells = [
+            f"{row[f]['mean']:.3g} ({row[f]['low']:.2g} to {row[f]['high']:.2g})" if f in row else "" for f in shown
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(folder: Path, path: Path, methods: list[str], rows: int) -> None:
+    """Gray, truth and each method side by side."""
+    names = ["gray", "truth", *methods]
+    figure, axes = plt.subplots(rows, len(names), figsize=(1.5 * len(names), 1.55 * rows), squeeze=False)
+    for row, line in enumerate(axes):
+        for name, axis in zip(names, line, strict=True):
+            axis.imshow(mpimg.imread(folder / "full-prompt" / f"{row:04d}" / f"{name}.png"))
+            axis.axis("off")
+            if row == 0:
+                axis.set_title(name, fontsize=8)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    typer.run(main)
