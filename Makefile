@@ -31,5 +31,8 @@ lint: setup
 demo-model: setup  ## Train the demo model anew into out/demo-model; stopped, it goes on from its checkpoint.
 	$(BIN)/python -m diffcolor_core.demo.train --out out/demo-model
 
+study: setup  ## The method against baselines and ablations; hours on a CPU, resumes.
+	$(BIN)/python benchmarks/quality.py
+
 evaluate: setup  ## Does the demo model obey its words?
 	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7

@@ -106,6 +106,9 @@ class Stage2Settings(_Record):
     word_weights: tuple[float, ...] = ()
     """Where the best alpha's picture ignores a colour word, that word's embedding is exaggerated by each
     of these factors, and the best picture kept [O]."""
+    negative_context: bool = False
+    """The unconditional branch of guidance gets the context prompt [O] instead of `negative_prompt`: guidance
+    then pushes to what the target says beyond it, its colours, and in an edit away from the old ones."""
     keep_unchanged: bool = False
     """A noun whose colour word the target leaves as it was keeps its colour [O]: the picture changes only
     in the regions of the other nouns, as cross-attention shows them."""

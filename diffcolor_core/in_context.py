@@ -9,7 +9,7 @@ from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.diffusion import add_noise, training_target
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.prior import Progress
-from diffcolor_core.sampling import repeat_chunks
+from diffcolor_core.sampling import fill_up
 
 
 def _reconstruction_loss(
@@ -96,14 +96,6 @@ def interpolate(e_opt: Tensor, e_target: Tensor, e_empty: Tensor, alpha: float) 
     """
     most = max(e_opt.shape[1], e_target.shape[1])
     return (1 - alpha) * fill_up(e_opt, e_empty, most) + alpha * fill_up(e_target, e_empty, most)
-
-
-def fill_up(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:
-    """Embeds [B, n, width] filled up to `num_tokens` with the empty prompt's `e_empty` [1, one chunk, width]."""
-    missing = num_tokens - e.shape[1]
-    if missing == 0:
-        return e
-    return torch.cat((e, repeat_chunks(e_empty, missing).expand(len(e), -1, -1)), dim=1)
 
 
 def exaggerate(e: Tensor, e_empty: Tensor, tokens: list[int], weight: float) -> Tensor:

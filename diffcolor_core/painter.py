@@ -12,9 +12,9 @@ from diffcolor_core.color import lock_luminance
 from diffcolor_core.color_terms import ColoredPhrase, ColorReport, report
 from diffcolor_core.fits import Fit, chroma_of
 from diffcolor_core.images import gray_input
-from diffcolor_core.in_context import exaggerate, fill_up, interpolate
+from diffcolor_core.in_context import exaggerate, interpolate
 from diffcolor_core.models import Checkpoint
-from diffcolor_core.sampling import generate
+from diffcolor_core.sampling import fill_up, generate
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Painter:
             batch = torch.cat([fill_up(e, self.e_empty, longest) for e in embeds[start : start + self.BATCH]])
             generator = torch.Generator().manual_seed(self.fit.seed)
             sampling = self.fit.settings.sampling
-            x = generate(self.checkpoint, self.unet, self.z, batch, self.fit.lightness, sampling, generator)
+            negative = self.fit.context_prompt if self.fit.settings.stage2.negative_context else None
+            x = generate(self.checkpoint, self.unet, self.z, batch, self.fit.lightness, sampling, generator, negative)
             pictures.append(x.cpu())
         return torch.cat(pictures)
 

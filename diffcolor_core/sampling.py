@@ -12,9 +12,10 @@ from diffcolor_core.diffusion import add_noise, ddim_sample, ddim_timesteps
 from diffcolor_core.models import Checkpoint
 
 
-def repeat_chunks(prompt_embeds: Tensor, num_tokens: int) -> Tensor:
-    """Embeds [B, n, d] repeated along their tokens up to `num_tokens`, a multiple of n."""
-    return prompt_embeds.repeat(1, num_tokens // prompt_embeds.shape[1], 1)
+def fill_up(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:
+    """Embeds [B, n, width] filled up to `num_tokens` with the empty prompt's `e_empty` [1, one chunk, width]."""
+    num_chunks = (num_tokens - e.shape[1]) // e_empty.shape[1]
+    return torch.cat((e, *[e_empty.expand(len(e), -1, -1)] * num_chunks), dim=1)
 
 
 def luminance_projection(checkpoint: Checkpoint, lightness_star: Tensor) -> Callable[[Tensor], Tensor]:
@@ -41,17 +42,21 @@ def generate(
     lightness_star: Tensor,
     settings: SamplingSettings,
     generator: torch.Generator,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """x: forward-diffuse z to the starting noise level, then DDIM under the prompt: [B, 3, h, w] in [-1, 1].
 
     z: [1, C, h/f, w/f]; prompt_embeds: [B, tokens, width]; lightness_star: [1, h, w]. All B pictures
-    start from the same noise, so that only the prompt tells them apart.
+    start from the same noise, so that only the prompt tells them apart. negative_prompt: instead of
+    the settings'.
     """
     timesteps = ddim_timesteps(checkpoint.scheduler, settings.num_steps, settings.strength)
     eps = torch.randn(z.shape, generator=generator).to(z)
     z_t = add_noise(checkpoint.scheduler, z, eps, timesteps[:1].to(z.device))
     count = len(prompt_embeds)
-    negative = repeat_chunks(checkpoint.encode_prompts([settings.negative_prompt]), prompt_embeds.shape[1])
+    negative = checkpoint.encode_prompts([settings.negative_prompt if negative_prompt is None else negative_prompt])
+    e_empty, most = checkpoint.encode_prompts([""]), max(negative.shape[1], prompt_embeds.shape[1])
+    negative, prompt_embeds = fill_up(negative, e_empty, most), fill_up(prompt_embeds, e_empty, most)
     z_0 = ddim_sample(
         lambda z_t, t, e: checkpoint.denoise(unet, z_t, t, e),
         checkpoint.scheduler,

@@ -26,7 +26,8 @@ def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
     return derive
 
 
-_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), "word_weights": (), "keep_unchanged": False}
+_PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": False}
+_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False}
 
@@ -40,7 +41,7 @@ METHODS: dict[str, Method] = {
         _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "pure noise, luminance transfer"
     ),
     "imagic": Method(
-        _with(**_PLAIN, stage2={"alphas": (1.2,), "word_weights": (), "keep_unchanged": False}, sampling=_OFF),
+        _with(**_PLAIN, stage2={"alphas": (1.2,), **_PAPERS}, sampling=_OFF),
         "stage 2 on the gray picture, without stage 1",
     ),
     "stage1": Method(
@@ -50,6 +51,10 @@ METHODS: dict[str, Method] = {
     ),
     # the same with the parts that are ours
     "img2img-projected": Method(_with(**_PLAIN, stage2=_NO_FIT), "img2img with luminance projection at each step"),
+    "img2img-ours": Method(
+        _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True}),
+        "img2img with projection, alignment and the context prompt as negative: ours without any fit",
+    ),
     # ablations of the full method
     "no-stage1": Method(_with(stage1={"enabled": False}), "without stage 1"),
     "with-stage1": Method(_with(stage1={"enabled": True}), "with stage 1"),
@@ -78,6 +83,8 @@ METHODS: dict[str, Method] = {
         _with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": (1.3, 1.6)}),
         "the best of four alphas, ignored words exaggerated",
     ),
+    "negative-context": Method(_with(stage2={"negative_context": True}), "the context prompt as negative prompt"),
+    "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "keep": Method(_with(stage2={"keep_unchanged": True}), "unchanged nouns keep their colour"),
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
 }
