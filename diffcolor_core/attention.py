@@ -58,7 +58,7 @@ def phrase_regions(
     phrases: Sequence[NounPhrase],
     generator: torch.Generator,
     *,
-    timesteps: Sequence[int] = (200, 400, 600),
+    timesteps: Sequence[int] = (50, 100, 200),
 ) -> Tensor:
     """Which part of a picture each noun phrase names, without a segmenter: [P, h, w], summing to 1 over P.
 

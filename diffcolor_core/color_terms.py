@@ -101,6 +101,17 @@ def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
     return result
 
 
+def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str) -> str:
+    """The prompt with no colour word but `color` left in its noun phrases: nothing to confuse it with."""
+    text = prompt
+    for item in reversed(phrases):
+        if item.color not in (None, color):
+            start, end = item.phrase.start, item.phrase.end
+            words = re.sub(rf"\b{item.color}\b\s*", "", text[start:end], flags=re.IGNORECASE)
+            text = text[:start] + words + text[end:]
+    return text
+
+
 def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> list[ColorReport]:
     """How well a picture [3, h, w] in L*a*b* obeys each coloured phrase in its region [P, h, w]."""
     reports = []

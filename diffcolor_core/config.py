@@ -109,6 +109,9 @@ class Stage2Settings(_Record):
     negative_context: bool = False
     """The unconditional branch of guidance gets the context prompt [O] instead of `negative_prompt`: guidance
     then pushes to what the target says beyond it, its colours, and in an edit away from the old ones."""
+    regional_prompts: bool = False
+    """Each noun's region is generated under the target prompt with that noun's colour word alone [O]: no
+    word can colour another noun. Regions as cross-attention shows them."""
     keep_unchanged: bool = False
     """A noun whose colour word the target leaves as it was keeps its colour [O]: the picture changes only
     in the regions of the other nouns, as cross-attention shows them."""

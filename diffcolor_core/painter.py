@@ -9,12 +9,13 @@ from torch import Tensor
 from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.attention import phrase_regions
 from diffcolor_core.color import lock_luminance
-from diffcolor_core.color_terms import ColoredPhrase, ColorReport, report
+from diffcolor_core.color_terms import ColoredPhrase, ColorReport, report, with_color_alone
 from diffcolor_core.fits import Fit, chroma_of
 from diffcolor_core.images import gray_input
 from diffcolor_core.in_context import exaggerate, interpolate
 from diffcolor_core.models import Checkpoint
-from diffcolor_core.sampling import fill_up, generate
+from diffcolor_core.prompts import NounPhrase, noun_phrases
+from diffcolor_core.sampling import Regional, fill_up, generate
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class Choice:
     generated: Tensor
     alpha: float
     scores: dict[float, float]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One picture to generate: e(alpha) of its prompts, and the part of the picture [R, h, w] that each is for."""
+
+    embeds: list[Tensor]
+    masks: Tensor
 
 
 class Painter:
@@ -43,9 +52,10 @@ class Painter:
         self, prompts: Sequence[str], phrases: Sequence[list[ColoredPhrase]], alphas: Sequence[float]
     ) -> list[Choice]:
         """For each prompt the picture of the best alpha, or one with an ignored colour word exaggerated."""
-        targets = [self.checkpoint.encode_prompts([prompt]) for prompt in prompts]
-        embeds = [interpolate(self.e_opt, e, self.e_empty, alpha) for e in targets for alpha in alphas]
-        x = self._generate(embeds)
+        jobs = [
+            self._job(prompt, items, alpha) for prompt, items in zip(prompts, phrases, strict=True) for alpha in alphas
+        ]
+        x = self._generate(jobs)
         choices = []
         for i, (prompt, items) in enumerate(zip(prompts, phrases, strict=True)):
             candidates = x[i * len(alphas) : (i + 1) * len(alphas)]
@@ -54,40 +64,71 @@ class Painter:
                 continue
             scores = [self._score(picture, prompt, items) for picture in candidates]
             best = max(range(len(alphas)), key=scores.__getitem__)
-            chosen = self._exaggerated(targets[i], alphas[best], candidates[best], scores[best], prompt, items)
+            chosen = self._exaggerated(alphas[best], candidates[best], scores[best], prompt, items)
             choices.append(Choice(chosen, alphas[best], dict(zip(alphas, scores, strict=True))))
         return choices
 
-    def _exaggerated(
-        self, e: Tensor, alpha: float, best: Tensor, score: float, prompt: str, items: list[ColoredPhrase]
-    ) -> Tensor:
+    def _exaggerated(self, alpha: float, best: Tensor, score: float, prompt: str, items: list[ColoredPhrase]) -> Tensor:
         """`best`, or a better picture with the phrases whose colour word it ignores exaggerated."""
-        weights = self.fit.settings.stage2.word_weights
         colored = [item for item in items if item.color is not None]
         reports = self.reports(best, prompt, items)
         ignored = [i.phrase for i, r in zip(colored, reports, strict=True) if r.agreement < 0.5 and r.feasible]
+        weights = self.fit.settings.stage2.word_weights
         if not ignored or not weights:
             return best
-        spans = self.checkpoint.token_positions(prompt, [(phrase.start, phrase.end) for phrase in ignored])
-        tokens = [token for span in spans for token in span]
-        embeds = [
-            interpolate(self.e_opt, exaggerate(e, self.e_empty, tokens, weight), self.e_empty, alpha)
-            for weight in weights
-        ]
-        tried = [(self._score(x, prompt, items), x) for x in self._generate(embeds)]
+        jobs = [self._job(prompt, items, alpha, ignored, weight) for weight in weights]
+        tried = [(self._score(x, prompt, items), x) for x in self._generate(jobs)]
         top, picture = max(tried, key=lambda pair: pair[0])
         return picture if top > score else best
 
-    def _generate(self, embeds: list[Tensor]) -> Tensor:
-        """One picture per e(alpha), all from the same noised latent: [B, 3, h, w] in [-1, 1]."""
-        longest = max(e.shape[1] for e in embeds)
+    def _job(
+        self,
+        prompt: str,
+        items: list[ColoredPhrase],
+        alpha: float,
+        exaggerated: Sequence[NounPhrase] = (),
+        weight: float = 1.0,
+    ) -> _Job:
+        """e(alpha) of a prompt, or of its variants of one colour with the regions that they are for."""
+        texts, masks = [prompt], torch.ones(1, *self.fit.lightness.shape[-2:])
+        colors = [item.color for item in items]
+        if self.fit.settings.stage2.regional_prompts and len({*colors} - {None}) > 1:
+            regions = self.regions(prompt, items)
+            wanted = list(dict.fromkeys(colors))
+            texts = [prompt if color is None else with_color_alone(prompt, items, color) for color in wanted]
+            masks = torch.stack([regions[[c == color for c in colors]].sum(dim=0) for color in wanted])
+        embeds = []
+        for text in texts:
+            e = self.checkpoint.encode_prompts([text])
+            if exaggerated:
+                nouns = {phrase.noun for phrase in exaggerated}
+                spans = [(phrase.start, phrase.end) for phrase in noun_phrases(text) if phrase.noun in nouns]
+                tokens = [i for span in self.checkpoint.token_positions(text, spans) for i in span]
+                e = exaggerate(e, self.e_empty, tokens, weight)
+            embeds.append(interpolate(self.e_opt, e, self.e_empty, alpha))
+        return _Job(embeds, masks)
+
+    def _generate(self, jobs: list[_Job]) -> Tensor:
+        """One picture per job, all from the same noised latent: [B, 3, h, w] in [-1, 1]."""
+        longest = max(e.shape[1] for job in jobs for e in job.embeds)
+        settings = self.fit.settings
         pictures = []
-        for start in range(0, len(embeds), self.BATCH):
-            batch = torch.cat([fill_up(e, self.e_empty, longest) for e in embeds[start : start + self.BATCH]])
-            generator = torch.Generator().manual_seed(self.fit.seed)
-            sampling = self.fit.settings.sampling
-            negative = self.fit.context_prompt if self.fit.settings.stage2.negative_context else None
-            x = generate(self.checkpoint, self.unet, self.z, batch, self.fit.lightness, sampling, generator, negative)
+        for start in range(0, len(jobs), self.BATCH):
+            batch = jobs[start : start + self.BATCH]
+            embeds = torch.cat([fill_up(e, self.e_empty, longest) for job in batch for e in job.embeds])
+            owners = torch.tensor([i for i, job in enumerate(batch) for _ in job.embeds])
+            regional = Regional(owners, torch.cat([job.masks for job in batch]))
+            x = generate(
+                self.checkpoint,
+                self.unet,
+                self.z,
+                embeds,
+                self.fit.lightness,
+                settings.sampling,
+                torch.Generator().manual_seed(self.fit.seed),
+                negative_prompt=self.fit.context_prompt if settings.stage2.negative_context else None,
+                regional=regional,
+            )
             pictures.append(x.cpu())
         return torch.cat(pictures)
 

@@ -26,7 +26,7 @@ def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
     return derive
 
 
-_PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": False}
+_PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": False, "regional_prompts": False}
 _NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False}
@@ -54,6 +54,10 @@ METHODS: dict[str, Method] = {
     "img2img-ours": Method(
         _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True}),
         "img2img with projection, alignment and the context prompt as negative: ours without any fit",
+    ),
+    "img2img-regional": Method(
+        _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True, "regional_prompts": True}),
+        "the same with regional prompts",
     ),
     # ablations of the full method
     "no-stage1": Method(_with(stage1={"enabled": False}), "without stage 1"),
@@ -85,6 +89,8 @@ METHODS: dict[str, Method] = {
     ),
     "negative-context": Method(_with(stage2={"negative_context": True}), "the context prompt as negative prompt"),
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
+    "regional": Method(_with(stage2={"regional_prompts": True}), "each noun's region under its own colour alone"),
+    "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
     "keep": Method(_with(stage2={"keep_unchanged": True}), "unchanged nouns keep their colour"),
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
 }

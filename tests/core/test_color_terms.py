@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffcolor_core.color_terms import color_word, colored_phrases, hue_of, report
+from diffcolor_core.color_terms import color_word, colored_phrases, hue_of, report, with_color_alone
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,10 @@ def test_an_infeasible_colour_is_told():
     (told,) = report(colored_phrases("a yellow ball", ""), torch.ones(1, 4, 4), lab_square(8, 95, 5))
     assert not told.feasible
     assert told.achievable_chroma < 20
+
+
+def test_one_colour_is_left_alone():
+    prompt = "A Red ball, a dog and a blue bluebird on a light blue table"
+    phrases = colored_phrases(prompt, "")
+    assert with_color_alone(prompt, phrases, "red") == "A Red ball, a dog and a bluebird on a light table"
+    assert with_color_alone(prompt, phrases, "blue") == "A ball, a dog and a blue bluebird on a light blue table"

@@ -156,6 +156,20 @@ def test_without_stage_1_the_gray_picture_is_the_primary(pipe):
     assert np.ptp(fit.primary_picture.pixels, axis=-1).max() <= 1
 
 
+def test_regional_prompts_give_each_noun_its_own_colour(pipe):
+    settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"regional_prompts": True})})
+    regional = DiffColor(pipe.checkpoint, settings)
+    fit = regional.fit(scan_bytes(), CONTEXT)
+    mixed = regional.recolor(fit, TARGET).image.pixels
+    assert (mixed != pipe.recolor(fit, TARGET, alpha=0.3).image.pixels).any()
+    # With one colour there is nothing to keep apart: the plain prompt's picture.
+    one_color = "a red ball on a red table"
+    plain = pipe.fit(scan_bytes(), CONTEXT)
+    np.testing.assert_array_equal(
+        regional.recolor(fit, one_color).image.pixels, pipe.recolor(plain, one_color).image.pixels
+    )
+
+
 def test_adapters_train_and_leave_the_base_alone(pipe):
     settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"adapter_rank": 2})})
     low_rank = DiffColor(pipe.checkpoint, settings)

@@ -92,3 +92,24 @@ def test_correct_clean_is_what_ends_the_sampling():
         correct_clean=lambda z: torch.full_like(z, 0.25),
     )
     assert torch.equal(z_0, torch.full_like(z_0, 0.25))
+
+
+def test_regional_outputs_are_joined_by_their_masks():
+    from diffcolor_core.sampling import Regional
+
+    masks = torch.zeros(3, 8, 8)
+    masks[0, :, :4] = masks[1, :, 4:] = masks[2] = 1  # two prompts for the first picture, one for the second
+    regional = Regional(torch.tensor([0, 0, 1]), masks)
+    rows = torch.tensor([10.0, 20.0, 1.0, 2.0, 3.0])  # two unconditional rows in front
+
+    def denoiser(z_t, t, e):
+        assert t.tolist() == [7, 8, 7, 7, 8]
+        return z_t + e.view(-1, 1, 1, 1)
+
+    z_t = torch.zeros(4, 1, 4, 4)
+    joined = regional.denoise(denoiser, z_t, torch.tensor([7, 8, 7, 8]), rows)
+    assert joined[0].unique().tolist() == [10]
+    assert joined[1].unique().tolist() == [20]
+    assert joined[2, 0, :, 0].unique().tolist() == [1]
+    assert joined[2, 0, :, 3].unique().tolist() == [2]
+    assert joined[3].unique().tolist() == [3]
