@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: setup demo test lint demo-model evaluate
+.PHONY: setup demo test lint demo-model study evaluate
 
 setup: .venv/.installed
 

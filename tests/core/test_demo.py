@@ -167,13 +167,20 @@ def test_grounding_is_rewarded_where_a_cell_looks_at_its_own_noun():
     assert grounding_loss([right], regions, torch.tensor([[-1, -1]])) == 0
 
 
-def test_confused_captions_must_fit_worse():
-    from diffcolor_core.demo.train import binding_loss
+def test_confusing_exchanges_two_regions_colours_and_keeps_luminance():
+    from diffcolor_core.demo.train import confuse_objects
 
-    one, two = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 3.0])
-    assert binding_loss(one, one) == pytest.approx(np.log(2))
-    assert binding_loss(one, two) < 0.2 < 1 < binding_loss(two, one)
-    assert binding_loss(torch.zeros(0), torch.zeros(0)) == 0
+    luminance = torch.tensor([1.0, 0.0, 0.0])
+    regions = torch.tensor([[[0, 0, 1], [0, 2, 1]]])
+    z = torch.zeros(1, 3, 2, 3)
+    z[:, 0] = torch.arange(6.0).view(2, 3)
+    z[0, 1, regions[0] == 0], z[0, 2, regions[0] == 1] = 5.0, 7.0
+    confused = confuse_objects(z, regions, luminance)
+    assert torch.equal(confused[:, 0], z[:, 0])
+    torch.testing.assert_close(confused[0, 1:, 0, 0], torch.tensor([0.0, 7.0]))
+    torch.testing.assert_close(confused[0, 1:, 1, 2], torch.tensor([5.0, 0.0]))
+    assert torch.equal(confused[0, :, 1, 1], z[0, :, 1, 1])  # the table
+    torch.testing.assert_close(confuse_objects(confused, regions, luminance), z)
 
 
 def test_emphasising_luminance_leaves_the_pictures_as_they_were():
