@@ -148,9 +148,14 @@ PRESETS: dict[str, Settings] = {
             stop_below=0.1,
         ),
         stage2=Stage2Settings(
-            embedding_steps=40, embedding_learning_rate=1e-2, model_steps=40, model_learning_rate=5e-5
+            embedding_steps=40,
+            embedding_learning_rate=1e-2,
+            model_steps=40,
+            model_learning_rate=5e-5,
+            alphas=(1.0,),
+            keep_unchanged=True,
         ),
-        sampling=SamplingSettings(num_steps=25),
+        sampling=SamplingSettings(num_steps=16),
     ),
 }
 

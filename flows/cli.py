@@ -290,9 +290,7 @@ def study(
     device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
     judge: Annotated[
         str | None,
-        typer.Option(
-            help="A CLIP that no method was optimised with: folder or `owner/name@commit`. The demo model has one."
-        ),
+        typer.Option(help="A CLIP that no method was optimised with: folder or `owner/name@commit`."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with intervals.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the pictures in this folder.")] = None,
@@ -311,7 +309,7 @@ def study(
     import tempfile
 
     from diffcolor_core import preset as settings_preset
-    from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
+    from diffcolor_core.models import load_checkpoint
     from diffcolor_core.study import METHODS, run_photographs, run_study, summarise
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]
@@ -323,8 +321,6 @@ def study(
     try:
         settings = settings_preset(preset)
         checkpoint = load_checkpoint(model, device=device)
-        if judge is None and model == "demo":
-            judge = str(DEMO_FOLDER / "judge")
         judging = None if judge is None else load_checkpoint(model, clip=judge, device=device)
         with tempfile.TemporaryDirectory() as temporary, Progress(*columns, TimeElapsedColumn(), console=errors) as bar:
             line = bar.add_task("study", total=num * len(methods))

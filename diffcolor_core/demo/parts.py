@@ -118,25 +118,22 @@ def save_bundle(
     tokenizer: CLIPTokenizer,
     vae: AutoencoderKL,
     clip: CLIPModel,
-    judge: CLIPModel,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     scheduler: DDIMScheduler,
 ) -> None:
-    """Write the diffusers folder in fp16, the guidance CLIP in `clip`, the other in `judge`."""
-    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder, "clip": clip, "judge": judge}
+    """Write the diffusers folder in fp16, the guidance CLIP in `clip`."""
+    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder, "clip": clip}
     for name, model in parts.items():
         model.half().save_pretrained(folder / name, safe_serialization=True)
         model.float()
-    for name in ("tokenizer", "clip", "judge"):
+    for name in ("tokenizer", "clip"):
         tokenizer.save_pretrained(folder / name)
     scheduler.save_pretrained(folder / "scheduler")
     size = {"height": SIZE_PX, "width": SIZE_PX}
-    processor = CLIPImageProcessor(
+    CLIPImageProcessor(
         size={"shortest_edge": SIZE_PX}, crop_size=size, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
-    )
-    for name in ("clip", "judge"):
-        processor.save_pretrained(folder / name)
+    ).save_pretrained(folder / "clip")
     save_model_index(folder)
 
 

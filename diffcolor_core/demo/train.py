@@ -1,11 +1,10 @@
 """Train the demo model: `python -m diffcolor_core.demo.train --out out/demo-model`.
 
-Six parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower),
-and a second CLIP, the judge, for measuring what the first one was optimised with.
+Five parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower).
 Each part checkpoints into OUT/checkpoints and resumes from there; a finished part is not repeated.
 Every draw comes from a generator seeded by (seed, part, step), so a resumed training sees exactly
 what an unbroken one would have seen. The result is OUT/bundle: an ordinary diffusers folder, fp16,
-with the CLIPs in its subfolders `clip` and `judge`.
+with the guidance CLIP in its subfolder `clip`.
 
 Which word colours which object (binding) is the hard part. Three things teach it: a text tower that
 has learned first which colour word belongs to which noun, latents in which luminance outlasts
@@ -103,18 +102,14 @@ def train_clip(
     pictures: np.ndarray,
     *,
     seed: int,
-    part: str,
     num_steps: int,
     checkpoints: Path,
     device: torch.device,
 ) -> None:
-    """Contrastive training; each picture also faces a caption of its own with two colours exchanged.
-
-    part: the checkpoint's name, which also seeds the draws.
-    """
+    """Contrastive training; each picture also faces a caption of its own with two colours exchanged."""
 
     def loss_of(step: int) -> Tensor:
-        rng = step_rng(seed, part, step)
+        rng = step_rng(seed, "clip", step)
         indices = _batch(pictures, rng, 96)
         captions = [draw_caption(scene_spec(seed, int(i)), rng) for i in indices]
         negatives = [swap_colors(text, rng) for text in captions]
@@ -138,7 +133,7 @@ def train_clip(
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(captions)].T, target)) / 2
 
     groups = [{"params": list(clip.parameters()), "lr": 1e-3}]
-    fit_part(part, clip, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
+    fit_part("clip", clip, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> Tensor:
@@ -321,6 +316,15 @@ def train_unet(
         fit_part("unet", denoiser, groups, loss_at, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
 
 
+def _tokenizer_in(checkpoints: Path, seed: int) -> CLIPTokenizer:
+    """The tokenizer of an earlier call, else a new one: its trainer breaks ties in another order each time."""
+    folder = checkpoints / "tokenizer"
+    if not folder.exists():
+        rng = np.random.default_rng(seed)
+        build_tokenizer([draw_caption(scene_spec(seed, i), rng) for i in range(2000)]).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 @torch.no_grad()
 def _encode_all(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
     def chunks() -> Iterator[Tensor]:
@@ -348,8 +352,7 @@ def train(
     print(f"scenes: rendering {num_scenes} (cached in {out})", flush=True)
     pictures = cached_pictures(out, seed=seed, num_scenes=num_scenes)
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    tokenizer = build_tokenizer([draw_caption(scene_spec(seed, i), rng) for i in range(2000)])
+    tokenizer = _tokenizer_in(checkpoints, seed)
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
     vae, clip = build_vae().to(where), build_clip(tokenizer).to(where)
     denoiser = Denoiser(build_unet(), build_text_tower(tokenizer)).to(where)
@@ -358,14 +361,12 @@ def train(
     common: dict[str, Any] = {"seed": seed, "checkpoints": checkpoints, "device": where}
     train_vae(vae, pictures, num_steps=vae_steps, **common)
     stretch = emphasise_luminance(vae, _pixels(pictures, np.arange(512), where))
-    train_clip(clip, tokenizer, pictures, part="clip", num_steps=clip_steps, **common)
+    train_clip(clip, tokenizer, pictures, num_steps=clip_steps, **common)
     train_text(denoiser.text_encoder, tokenizer, num_steps=text_steps, **common)
     latents = _encode_all(vae, pictures, where)
     cells = cached_region_cells(out, seed=seed, num_scenes=num_scenes, cells=latents.shape[-1])
     train_unet(denoiser, tokenizer, scheduler, latents, cells, stretch, num_steps=unet_steps, **common)
-    judge = build_clip(tokenizer).to(where)  # another start, other draws: no method is optimised with it
-    train_clip(judge, tokenizer, pictures, part="judge", num_steps=clip_steps, **common)
-    save_bundle(out / "bundle", tokenizer, vae, clip, judge, denoiser.unet, denoiser.text_encoder, scheduler)
+    save_bundle(out / "bundle", tokenizer, vae, clip, denoiser.unet, denoiser.text_encoder, scheduler)
     print(f"bundle: {out / 'bundle'}")
 
 
