@@ -12,7 +12,7 @@ from diffcolor_core.prior import Progress
 from diffcolor_core.sampling import fill_up
 
 
-def _reconstruction_loss(
+def reconstruction_loss(
     checkpoint: Checkpoint,
     unet: UNet2DConditionModel,
     z: Tensor,
@@ -49,7 +49,7 @@ def optimise_embedding(
     optimizer = torch.optim.Adam([e], lr=learning_rate)
     losses = []
     for step in range(num_steps):
-        loss = _reconstruction_loss(checkpoint, checkpoint.unet, z, e, batch_size, generator)
+        loss = reconstruction_loss(checkpoint, checkpoint.unet, z, e, batch_size, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -79,7 +79,7 @@ def finetune_model(
     optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=learning_rate)
     losses = []
     for step in range(num_steps):
-        loss = _reconstruction_loss(checkpoint, unet, z, prompt_embeds, batch_size, generator)
+        loss = reconstruction_loss(checkpoint, unet, z, prompt_embeds, batch_size, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

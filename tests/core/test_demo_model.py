@@ -9,9 +9,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from diffcolor_core import DiffColor
+from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.config import SamplingSettings
 from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors
 from diffcolor_core.demo.scenes import caption, draw_scene, recolored, render
+from diffcolor_core.in_context import reconstruction_loss
 from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
 
 
@@ -59,7 +61,17 @@ def test_both_stages_with_the_demo_preset():
     Image.fromarray((scene.gray[0] * 255).round().byte().numpy()).save(buffer, "PNG")
     pipe = DiffColor.from_pretrained("demo")
     fit = pipe.fit(buffer.getvalue(), caption(scene.spec, colors=False))
-    assert np.mean(fit.losses["embedding"][-10:]) < np.mean(fit.losses["embedding"][:10])
+    checkpoint = pipe.checkpoint
+    z = checkpoint.encode(fit.primary[None])
+
+    @torch.no_grad()
+    def loss(unet, e) -> float:  # over the same draws of t and eps each time
+        return float(reconstruction_loss(checkpoint, unet, z, e, 64, torch.Generator().manual_seed(1)))
+
+    start = loss(checkpoint.unet, checkpoint.encode_prompts([fit.rewritten_prompt]))
+    after_embedding = loss(checkpoint.unet, fit.prompt_embeds)
+    after_both = loss(fitted_unet(checkpoint.unet, None, fit.unet_state), fit.prompt_embeds)
+    assert after_both < after_embedding < start
     result = pipe.recolor(fit, caption(scene.spec))
     picture = torch.from_numpy(result.image.pixels).permute(2, 0, 1).float() / 127.5 - 1
     found, asked = region_colors(picture, scene), asked_colors(scene.spec)
