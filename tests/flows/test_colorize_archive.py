@@ -116,13 +116,29 @@ def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, ti
 
 
 def test_the_bytes_do_not_depend_on_how_the_run_was_cut(small_archive, tiny_folder, tmp_path):
+    """Under one run id: a file names the run that made it."""
     sums = []
     for name, limit in (("whole", None), ("pieces", 2)):
         arguments = {"archive": str(small_archive), "output": str(tmp_path / name), "model": str(tiny_folder)}
+        arguments["run_id"] = "run"
         colorize_archive(**arguments, limit=limit, shard_size=1)
         colorize_archive(**arguments)
         sums.append(ask(tmp_path / name, "select image_key, variant, output_sha256 from results order by all"))
     assert sums[0] == sums[1]
+
+
+def test_tiffs_with_access_copies_and_what_became_of_each_noun(small_archive, tiny_folder, tmp_path):
+    arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
+    colorize_archive(**arguments, image_format="tiff", access_copy="jpeg", limit=2)
+    rows = ask(tmp_path / "out", "select output_uri, access_uri, nouns, pages_left_out from results where status='ok'")
+    assert rows
+    for output_uri, access_uri, nouns, pages_left_out in rows:
+        assert output_uri.endswith(".tif")
+        with Image.open(access_uri) as image:
+            assert image.format == "JPEG"
+        assert [noun["noun"] for noun in nouns] == ["ball", "table"]
+        assert all(-1 <= noun["agreement"] <= 1 for noun in nouns)
+        assert pages_left_out == 0
 
 
 @pytest.mark.parametrize(
