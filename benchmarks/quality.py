@@ -1,6 +1,6 @@
 """The whole study: every task, baselines and ablations, to benchmarks/results/quality.json, a table and a picture.
 
-python benchmarks/quality.py --num 20 --seed 11        (about 2 hours on 2 CPU cores; it resumes)
+python benchmarks/quality.py --num 20 --seed 11        (hours on 2 CPU cores; it resumes)
 
 Each (task, method) is kept in OUT as soon as it is finished, and not run again for the same seed,
 number of scenes and settings.

@@ -116,7 +116,7 @@ class DiffColor:
         x_gray = gray_input(small_lightness)
         losses: dict[str, list[float]] = {}
         if primary is not None:
-            x_primary = self._working_primary(scan, primary, small_lightness)
+            x_primary = _working_primary(scan, primary, small_lightness, content_px)
         elif not settings.stage1.enabled:
             x_primary = x_gray
         else:
@@ -227,7 +227,9 @@ class DiffColor:
         results = []
         phrases = [colored_phrases(prompt, before_prompt) for prompt in prompts]
         choices = painter.choose(prompts, phrases, fit.settings.stage2.alphas if alpha is None else (alpha,))
+        shared_seconds = (time.perf_counter() - start) / max(1, len(prompts))
         for prompt, items, choice in zip(prompts, phrases, choices, strict=True):
+            start = time.perf_counter() - shared_seconds
             aligned = self._align(
                 gray_input(fit.lightness), fit.lightness, choice.generated, torch.Generator().manual_seed(fit.seed)
             )
@@ -235,7 +237,6 @@ class DiffColor:
             nouns = painter.reports(final, prompt, items)
             picture = fit.assemble(final)
             results.append(self._result(fit, picture, prompt, start, final, choice.generated, choice, nouns))
-            start = time.perf_counter()
         return results[0] if isinstance(target_prompt, str) else results
 
     def _check_model(self, fit: Fit) -> None:
@@ -267,21 +268,6 @@ class DiffColor:
         """Generated picture [3, h, w] to one with the scan's structure and L*, in [-1, 1]."""
         chroma = align_chroma(self.checkpoint, x_gray, x, chroma_of(x), self.settings.alignment, generator)
         return lock_luminance(chroma, small_lightness) * 2 - 1
-
-    def _working_primary(self, scan: Scan, primary: Picture, small_lightness: Tensor) -> Tensor:
-        """A finished picture's colours at working size, [3, h, w] in [-1, 1]."""
-        if primary.pixels.shape[:2] != (scan.height_px, scan.width_px):
-            raise ValueError(
-                f"the coloured picture is {primary.pixels.shape[1]} x {primary.pixels.shape[0]} px, "
-                f"the scan {scan.width_px} x {scan.height_px}: they must be of one size"
-            )
-        maximum = float(np.iinfo(primary.pixels.dtype).max)
-        rgb = torch.from_numpy(primary.pixels[..., :3].astype(np.float32) / maximum).permute(2, 0, 1)
-        height, width = small_lightness.shape[-2:]
-        _, (inner_height, inner_width) = self._at_working_size(scan)
-        small = resize(rgb, (inner_height, inner_width))
-        padded = F.pad(small[None], (0, width - inner_width, 0, height - inner_height), mode="replicate")[0]
-        return lock_luminance(srgb_to_lab(padded)[1:], small_lightness) * 2 - 1
 
     def _result(
         self,
@@ -328,3 +314,18 @@ class DiffColor:
         side = int(self.checkpoint.clip.config.vision_config.image_size)
         scale = side / min(scan.height_px, scan.width_px)
         return max(side, round(scan.width_px * scale)), max(side, round(scan.height_px * scale))
+
+
+def _working_primary(scan: Scan, primary: Picture, small_lightness: Tensor, content_px: tuple[int, int]) -> Tensor:
+    """A finished picture's colours at working size, [3, h, w] in [-1, 1]."""
+    if primary.pixels.shape[:2] != (scan.height_px, scan.width_px):
+        raise ValueError(
+            f"the coloured picture is {primary.pixels.shape[1]} x {primary.pixels.shape[0]} px, "
+            f"the scan {scan.width_px} x {scan.height_px}: they must be of one size"
+        )
+    maximum = float(np.iinfo(primary.pixels.dtype).max)
+    rgb = torch.from_numpy(primary.pixels[..., :3].astype(np.float32) / maximum).permute(2, 0, 1)
+    (height, width), (inner_height, inner_width) = small_lightness.shape[-2:], content_px
+    padding = (0, width - inner_width, 0, height - inner_height)
+    padded = F.pad(resize(rgb, content_px)[None], padding, mode="replicate")[0]
+    return lock_luminance(srgb_to_lab(padded)[1:], small_lightness) * 2 - 1

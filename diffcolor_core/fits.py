@@ -85,7 +85,7 @@ class Fit:
 
         With adapters this is a few megabytes at Stable Diffusion's size, with full weights all of the
         UNet. with_scan: keep the scan's own L* (4 bytes a pixel) beside it; without, `load_fit` wants
-        the scan again.
+        the scan again. The scan's EXIF and XMP are not kept: give the scan itself where they matter.
         """
         tensors = {f"unet.{name}": tensor for name, tensor in self.unet_state.items()}
         tensors |= {"lightness": self.lightness, "primary": self.primary, "prompt_embeds": self.prompt_embeds}

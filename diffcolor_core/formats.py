@@ -15,7 +15,6 @@ from functools import cache
 from typing import Literal
 from xml.etree import ElementTree
 
-import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image, ImageCms
@@ -24,7 +23,6 @@ from diffcolor_core.images import Picture, SourceMetadata
 
 ImageFormat = Literal["png", "tiff", "jpeg", "webp"]
 SUFFIX: dict[str, str] = {"png": ".png", "tiff": ".tif", "jpeg": ".jpg", "webp": ".webp"}
-LOSSLESS = ("png", "tiff")
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 
 _NAMESPACES = {
@@ -67,7 +65,7 @@ def encode(
     source = source or SourceMetadata()
     xmp = xmp_packet(provenance, source.xmp) if provenance is not None else source.xmp
     if image_format == "png":
-        return _png(picture.pixels, source.exif, xmp)
+        return _png(picture, source.exif, xmp)
     if image_format == "tiff":
         return _tiff(picture.pixels, source.exif, xmp)
     image = picture.to_pil()
@@ -144,9 +142,9 @@ def _parsed(packet: bytes | None) -> tuple[ElementTree.Element, ElementTree.Elem
 # ------------------------------------------------------------------ containers
 
 
-def _png(pixels: np.ndarray, exif: bytes | None, xmp: bytes | None) -> bytes:
-    """PNG of 8 or 16 bits; profile, EXIF and XMP as chunks before the picture's data."""
-    plain = bytes(imagecodecs.png_encode(pixels, level=6))
+def _png(picture: Picture, exif: bytes | None, xmp: bytes | None) -> bytes:
+    """The picture's PNG with profile, EXIF and XMP as chunks before its data."""
+    plain = picture.encode_png()
     after_header = 8 + 25  # signature, IHDR
     chunks = [_png_chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile(), 9))]
     if exif:

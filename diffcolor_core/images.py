@@ -73,11 +73,7 @@ class Picture:
 
     def encode_png(self) -> bytes:
         """Lossless PNG of the same bit depth. The bytes depend on nothing but the pixels."""
-        if self.pixels.dtype == np.uint16:
-            return bytes(imagecodecs.png_encode(self.pixels, level=6))
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels).save(buffer, "PNG", compress_level=6)
-        return buffer.getvalue()
+        return bytes(imagecodecs.png_encode(self.pixels, level=6))
 
     def save(self, path: str | Path) -> None:
         """Write a PNG. Raises ValueError for another file name ending."""
@@ -179,10 +175,10 @@ def _metadata(image: Image.Image) -> SourceMetadata:
         tags = {tag: value for tag, value in exif.items() if tag in _KEPT_TAGS and isinstance(value, str)}
         kept = Image.Exif()
         kept.update(tags)
-        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            if values := exif.get_ifd(ifd):
-                kept.get_ifd(ifd).update(values)
-        encoded = kept.tobytes() if tags or kept.get_ifd(ExifTags.IFD.Exif) else None
+        ifds = {ifd: exif.get_ifd(ifd) for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
+        for ifd, values in ifds.items():
+            kept.get_ifd(ifd).update(values)
+        encoded = kept.tobytes() if tags or any(ifds.values()) else None
     except Exception:  # EXIF is a TIFF in itself, and as often damaged
         encoded = None
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")

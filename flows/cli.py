@@ -319,6 +319,8 @@ def study(
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     try:
+        if judge is not None and photos is not None:
+            raise ValueError("--judge has no part in --photos: give one of them")
         settings = settings_preset(preset)
         checkpoint = load_checkpoint(model, device=device)
         judging = None if judge is None else load_checkpoint(model, clip=judge, device=device)

@@ -6,9 +6,10 @@ Every draw comes from a generator seeded by (seed, part, step), so a resumed tra
 what an unbroken one would have seen. The result is OUT/bundle: an ordinary diffusers folder, fp16,
 with the guidance CLIP in its subfolder `clip`.
 
-Which word colours which object (binding) is the hard part. Three things teach it: a text tower that
+Which word colours which object (binding) is the hard part. Four things teach it: a text tower that
 has learned first which colour word belongs to which noun, latents in which luminance outlasts
-colour, and cross-attention that is told where each noun lies.
+colour, cross-attention that is told where each noun lies, and noised inputs whose colours are
+exchanged, so that the caption is what counts.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The methods that are compared: DiffColor, its ablations, and the baselines, all as settings of one code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ _PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": Fals
 _NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False}
+
+
+def chosen_methods(names: Iterable[str]) -> dict[str, Method]:
+    """The methods of these names. Raises ValueError for an unknown one, with the known ones."""
+    listed = list(names)
+    if unknown := [name for name in listed if name not in METHODS]:
+        raise ValueError(f"no method {', '.join(unknown)}: choose of {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in listed}
+
 
 METHODS: dict[str, Method] = {
     "full": Method(_with(), "DiffColor with the preset's settings"),

@@ -17,7 +17,7 @@ from diffcolor_core.formats import encode
 from diffcolor_core.images import Picture, gray_input, read_picture, read_scan, resize
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
-from diffcolor_core.study.methods import METHODS
+from diffcolor_core.study.methods import chosen_methods
 from diffcolor_core.study.runner import Scores
 
 
@@ -36,14 +36,14 @@ def run_photographs(
     """Scores per method over the first `num` photographs that the catalog.csv in `photos` names.
 
     Its columns are image, context_prompt, target_prompt (used where given). Each photograph is reduced
-    to `longest_px` first. Raises ValueError for a catalog without such columns.
+    to `longest_px` first. Raises ValueError for a catalog without such columns or an unknown method.
     """
     with (photos / "catalog.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:num]
     if not rows or not {"image", "context_prompt"} <= rows[0].keys():
         raise ValueError(f"{photos / 'catalog.csv'} needs rows with the columns image, context_prompt, target_prompt")
-    names = list(methods)
-    figures: dict[str, Scores] = {name: {} for name in names}
+    chosen = chosen_methods(methods)
+    figures: dict[str, Scores] = {name: {} for name in chosen}
     done = 0
     for row in rows:
         truth = _reduced(read_picture(photos / row["image"]), longest_px)
@@ -51,17 +51,17 @@ def run_photographs(
         place = folder / "photographs" / Path(row["image"]).stem
         place.mkdir(parents=True, exist_ok=True)
         truth.save(place / "truth.png")
-        for name in names:
-            pipe = DiffColor(checkpoint, METHODS[name].derive(settings))
+        for name, method in chosen.items():
+            pipe = DiffColor(checkpoint, method.derive(settings))
             target = row.get("target_prompt") or None
-            context = target if METHODS[name].fit_on_target and target else row["context_prompt"]
+            context = target if method.fit_on_target and target else row["context_prompt"]
             fit = pipe.fit(gray, context, seed=seed)
-            result = pipe.recolor(fit, None if METHODS[name].fit_on_target else target)
+            result = pipe.recolor(fit, None if method.fit_on_target else target)
             result.image.save(place / f"{name}.png")
             for figure, value in fidelity(truth, read_picture(place / f"{name}.png")).items():
                 figures[name].setdefault(figure, []).append(value)
             done += 1
-            progress(name, done, len(rows) * len(names))
+            progress(name, done, len(rows) * len(chosen))
     return figures
 
 

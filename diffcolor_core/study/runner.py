@@ -19,7 +19,7 @@ from diffcolor_core.images import Picture, read_picture
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.study.cases import Case, draw_cases
-from diffcolor_core.study.methods import METHODS, Method
+from diffcolor_core.study.methods import Method, chosen_methods
 from diffcolor_core.study.scores import lab_of, leakage, region_right, region_scores
 
 Scores = dict[str, list[float]]
@@ -43,10 +43,7 @@ def run_study(
     Every picture is saved as PNG below `folder` and scored as read back from there. judge: a
     checkpoint whose CLIP no method was optimised with. Raises ValueError for an unknown task or method.
     """
-    chosen = {name: METHODS[name] for name in methods if name in METHODS}
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise ValueError(f"no method {', '.join(unknown)}: choose of {', '.join(METHODS)}")
+    chosen = chosen_methods(methods)
     figures: dict[str, Scores] = {name: {} for name in chosen}
     done, total = 0, num * len(chosen)
     for number, case in enumerate(draw_cases(task, num, seed, 2 * checkpoint.native_size_px)):

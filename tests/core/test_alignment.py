@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffcolor_core.alignment import align_chroma, shift_by_weights, unet_features, window_weights
+from diffcolor_core.alignment import align_chroma, shift_by_weights, unet_features, vae_features, window_weights
 from diffcolor_core.config import AlignmentSettings
 from diffcolor_core.images import gray_input
 from diffcolor_core.models import load_checkpoint
@@ -40,6 +40,18 @@ def test_a_weak_match_keeps_its_place():
     weights = window_weights(unit_features(32, 6, 6), unit_features(32, 6, 6).flip(0), settings)
     chroma = torch.randn(2, 12, 12)
     assert torch.equal(shift_by_weights(chroma, weights, 1), chroma)
+
+
+def test_vae_features_tell_places_apart(tiny_folder):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    x = gray_input(torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(0)) * 100)
+    phi = vae_features(checkpoint, x[None])
+    assert phi.shape[-2:] == (16, 24)
+    torch.testing.assert_close(phi.norm(dim=1), torch.ones(1, 16, 24))
+    settings = AlignmentSettings(features="vae", temperature=1e-5)
+    chroma = torch.randn(2, 32, 48)
+    aligned = align_chroma(checkpoint, x, x, chroma, settings, torch.Generator().manual_seed(0))
+    assert float((aligned - chroma).abs().median()) < 1e-3
 
 
 @pytest.mark.parametrize("block", [0, 1])

@@ -1,4 +1,7 @@
 import io
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,14 +163,41 @@ def test_regional_prompts_give_each_noun_its_own_colour(pipe):
     settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"regional_prompts": True})})
     regional = DiffColor(pipe.checkpoint, settings)
     fit = regional.fit(scan_bytes(), CONTEXT)
-    mixed = regional.recolor(fit, TARGET).image.pixels
-    assert (mixed != pipe.recolor(fit, TARGET, alpha=0.3).image.pixels).any()
+    whole = pipe.recolor(replace(fit, settings=QUICK), TARGET).image.pixels
+    assert (regional.recolor(fit, TARGET).image.pixels != whole).any()
     # With one colour there is nothing to keep apart: the plain prompt's picture.
     one_color = "a red ball on a red table"
     plain = pipe.fit(scan_bytes(), CONTEXT)
     np.testing.assert_array_equal(
         regional.recolor(fit, one_color).image.pixels, pipe.recolor(plain, one_color).image.pixels
     )
+
+
+def test_a_phrase_is_exaggerated_alone():
+    from diffcolor_core.in_context import exaggerate
+
+    e, empty = torch.randn(1, 6, 4), torch.randn(1, 3, 4)
+    neutral = torch.cat((empty, empty), dim=1)
+    weighted = exaggerate(e, empty, [1, 4], 3.0)
+    torch.testing.assert_close(weighted - neutral, (e - neutral) * torch.tensor([1, 3, 1, 1, 3, 1.0])[None, :, None])
+
+
+@pytest.mark.parametrize("change", [{"negative_context": True}, {"word_weights": (3.0,)}])
+def test_the_other_ways_to_steer_change_the_picture(pipe, fit, change, monkeypatch):
+    from diffcolor_core.painter import Painter
+
+    steered = replace(fit, settings=QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update=change)}))
+    later_wins = count()
+    monkeypatch.setattr(Painter, "_score", lambda *_: float(next(later_wins)))
+    pictures = [pipe.recolor(f, "a red ball on a blue table").generated for f in (fit, steered)]
+    assert not torch.equal(*pictures)
+
+
+def test_the_time_of_a_batch_is_shared_by_its_results(pipe, fit, monkeypatch):
+    ticks = count()
+    monkeypatch.setattr("diffcolor_core.colorizer.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    results = pipe.recolor(fit, [TARGET, "a green ball on a table"])
+    assert [result.sampling_seconds for result in results] == [1.5, 1.5]  # half of the batch's tick, and its own
 
 
 def test_adapters_train_and_leave_the_base_alone(pipe):

@@ -10,11 +10,15 @@ from safetensors import safe_open
 
 from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
+from diffcolor_core.attention import phrase_regions
+from diffcolor_core.color import lightness
 from diffcolor_core.config import SamplingSettings
 from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors
 from diffcolor_core.demo.scenes import caption, draw_scene, recolored, render
+from diffcolor_core.images import gray_input
 from diffcolor_core.in_context import reconstruction_loss
 from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
+from diffcolor_core.prompts import noun_phrases
 
 
 def scenes(count: int):
@@ -78,3 +82,15 @@ def test_both_stages_with_the_demo_preset():
     assert found[2:] == asked[2:]  # table and wall
     assert result.metrics["p99_abs_delta_l"] <= 0.5
     assert result.metrics["colorfulness"] > 20
+
+
+def test_attention_finds_the_nouns():
+    """Without a segmenter, on gray: most pixels of most regions, against the renderer's own masks."""
+    checkpoint = load_checkpoint("demo")
+    shares = []
+    for scene in scenes(4):
+        l_star, prompt = lightness(scene.rgb), caption(scene.spec, colors=False)
+        z = checkpoint.encode(gray_input(l_star)[None])
+        regions = phrase_regions(checkpoint, z, l_star, prompt, noun_phrases(prompt), torch.Generator().manual_seed(0))
+        shares.append(float((regions.argmax(dim=0) == scene.masks.argmax(dim=0)).float().mean()))
+    assert sum(shares) / len(shares) >= 0.8

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffcolor_core import Picture, preset
+from diffcolor_core.config import Stage2Settings
 from diffcolor_core.demo.evaluate import asked_colors
 from diffcolor_core.demo.scenes import COLOR_WORDS
 from diffcolor_core.models import load_checkpoint
@@ -77,6 +78,14 @@ def test_leakage_counts_the_outside_only():
 def test_every_method_is_a_setting(name):
     derived = METHODS[name].derive(preset("paper"))
     assert METHODS[name].derive(derived) == derived
+    opposite = {"adapter_rank": 2, "use_identifiers": True, "keep_unchanged": False, "alphas": (0.5,)}
+    other = preset("demo").model_copy(update={"stage2": preset("demo").stage2.model_copy(update=opposite)})
+    off = other.model_copy(update={"stage1": other.stage1.model_copy(update={"enabled": False})})
+    on = preset("demo").model_copy(
+        update={"stage2": Stage2Settings(negative_context=True, regional_prompts=True, keep_unchanged=True)}
+    )
+    changes = [METHODS[name].derive(settings) != settings for settings in (preset("paper"), other, off, on)]
+    assert any(changes) == (name != "full")
 
 
 @pytest.mark.parametrize("task", TASKS)
