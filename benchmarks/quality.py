@@ -19,7 +19,7 @@ import matplotlib
 import typer
 
 from diffcolor_core import preset
-from diffcolor_core.models import load_checkpoint
+from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
 from diffcolor_core.study import run_study, summarise
 
 matplotlib.use("agg")
@@ -85,7 +85,7 @@ def main(
 ) -> None:
     """Run what is not there yet, then write figures, table and picture."""
     settings = preset(preset_name)
-    checkpoint = load_checkpoint("demo")
+    checkpoint, judge = load_checkpoint("demo"), load_checkpoint("demo", clip=str(DEMO_JUDGE))
     name = f"{checkpoint.model_revision[7:15]}-{settings.sha256()[:8]}-{num}-{seed}"
     tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for task, methods in PLAN.items():
@@ -94,7 +94,7 @@ def main(
             part = out / name / f"{task}-{method}.json"
             if not part.exists():
                 start = time.perf_counter()
-                common = {"task": task, "num": num, "seed": seed, "folder": out / name}
+                common = {"task": task, "num": num, "seed": seed, "folder": out / name, "judge": judge}
                 scores = run_study(checkpoint, settings, methods=[method], **common)
                 part.write_text(json.dumps(summarise(scores)[method]))
                 print(f"{task} {method}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -19,6 +19,8 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPToken
 from transformers.utils import logging as transformers_logging
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "bundle"
+DEMO_JUDGE = Path(__file__).parent / "demo" / "judge"
+"""A CLIP of the demo model's kind that guided nothing: it judges."""
 PINNED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     # The commit that holds model.safetensors; the main branch has the pickle only.

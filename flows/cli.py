@@ -290,7 +290,9 @@ def study(
     device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
     judge: Annotated[
         str | None,
-        typer.Option(help="A CLIP that no method was optimised with: folder or `owner/name@commit`."),
+        typer.Option(
+            help="A CLIP that no method was optimised with: folder or `owner/name@commit`. `demo` has one of its own."
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with intervals.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the pictures in this folder.")] = None,
@@ -298,6 +300,9 @@ def study(
         Path | None,
         typer.Option(help="Instead of scenes: a folder of colour photographs with a catalog.csv, turned gray first."),
     ] = None,
+    perceptual: Annotated[
+        bool, typer.Option(help="With --photos: LPIPS, FID and KID too (torchvision, torch-fidelity, their weights).")
+    ] = False,
 ) -> None:
     """Measure the method and its rivals on rendered scenes whose colours are known.
 
@@ -309,8 +314,9 @@ def study(
     import tempfile
 
     from diffcolor_core import preset as settings_preset
-    from diffcolor_core.models import load_checkpoint
+    from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
     from diffcolor_core.study import METHODS, run_photographs, run_study, summarise
+    from diffcolor_core.study.perceptual import Perceptual
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]
     if methods == ["list"]:
@@ -319,10 +325,12 @@ def study(
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     try:
-        if judge is not None and photos is not None:
-            raise ValueError("--judge has no part in --photos: give one of them")
+        if perceptual and photos is None:
+            raise ValueError("--perceptual compares photographs: give --photos")
+        networks = Perceptual.load() if perceptual else None
         settings = settings_preset(preset)
         checkpoint = load_checkpoint(model, device=device)
+        judge = judge or (str(DEMO_JUDGE) if model == "demo" else None)
         judging = None if judge is None else load_checkpoint(model, clip=judge, device=device)
         with tempfile.TemporaryDirectory() as temporary, Progress(*columns, TimeElapsedColumn(), console=errors) as bar:
             line = bar.add_task("study", total=num * len(methods))
@@ -331,11 +339,11 @@ def study(
                 bar.update(line, description=name, completed=done, total=total)
 
             common: dict[str, Any] = {"methods": methods, "num": num, "seed": seed, "progress": show}
-            common["folder"] = keep or Path(temporary)
+            common |= {"folder": keep or Path(temporary), "judge": judging}
             if photos is not None:
-                figures = run_photographs(checkpoint, settings, photos, **common)
+                figures = run_photographs(checkpoint, settings, photos, perceptual=networks, **common)
             else:
-                figures = run_study(checkpoint, settings, task=task, judge=judging, **common)
+                figures = run_study(checkpoint, settings, task=task, **common)
     except (ValueError, OSError) as error:
         raise _fail(error, 2) from error
     summary = summarise(figures)

@@ -123,18 +123,25 @@ def save_bundle(
     scheduler: DDIMScheduler,
 ) -> None:
     """Write the diffusers folder in fp16, the guidance CLIP in `clip`."""
-    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder, "clip": clip}
+    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
     for name, model in parts.items():
         model.half().save_pretrained(folder / name, safe_serialization=True)
         model.float()
-    for name in ("tokenizer", "clip"):
-        tokenizer.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
+    save_clip(folder / "clip", tokenizer, clip)
+    save_model_index(folder)
+
+
+def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
+    """Write a CLIP with its tokenizer and image processor, in fp16."""
+    clip.half().save_pretrained(folder, safe_serialization=True)
+    clip.float()
+    tokenizer.save_pretrained(folder)
     size = {"height": SIZE_PX, "width": SIZE_PX}
     CLIPImageProcessor(
         size={"shortest_edge": SIZE_PX}, crop_size=size, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
-    ).save_pretrained(folder / "clip")
-    save_model_index(folder)
+    ).save_pretrained(folder)
 
 
 def save_model_index(folder: Path) -> None:

@@ -1,10 +1,11 @@
 """Train the demo model: `python -m diffcolor_core.demo.train --out out/demo-model`.
 
-Five parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower).
+Six parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower), and
+a second CLIP that judges what was made with the help of the first.
 Each part checkpoints into OUT/checkpoints and resumes from there; a finished part is not repeated.
 Every draw comes from a generator seeded by (seed, part, step), so a resumed training sees exactly
 what an unbroken one would have seen. The result is OUT/bundle: an ordinary diffusers folder, fp16,
-with the guidance CLIP in its subfolder `clip`.
+with the guidance CLIP in its subfolder `clip`; OUT/judge is the judge.
 
 Which word colours which object (binding) is the hard part. Four things teach it: a text tower that
 has learned first which colour word belongs to which noun, latents in which luminance outlasts
@@ -40,6 +41,7 @@ from diffcolor_core.demo.parts import (
     build_unet,
     build_vae,
     save_bundle,
+    save_clip,
 )
 from diffcolor_core.demo.scenes import COLOR_WORDS, OBJECT_KINDS, objects_swapped
 
@@ -98,6 +100,7 @@ def emphasise_luminance(vae: AutoencoderKL, x: Tensor, factor: float = 3.0) -> T
 
 
 def train_clip(
+    name: str,
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
     pictures: np.ndarray,
@@ -110,7 +113,7 @@ def train_clip(
     """Contrastive training; each picture also faces a caption of its own with two colours exchanged."""
 
     def loss_of(step: int) -> Tensor:
-        rng = step_rng(seed, "clip", step)
+        rng = step_rng(seed, name, step)
         indices = _batch(pictures, rng, 96)
         captions = [draw_caption(scene_spec(seed, int(i)), rng) for i in indices]
         negatives = [swap_colors(text, rng) for text in captions]
@@ -134,7 +137,7 @@ def train_clip(
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(captions)].T, target)) / 2
 
     groups = [{"params": list(clip.parameters()), "lr": 1e-3}]
-    fit_part("clip", clip, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
+    fit_part(name, clip, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> Tensor:
@@ -344,7 +347,8 @@ def train(
     vae_steps: int = 1200,
     clip_steps: int = 1000,
     text_steps: int = 600,
-    unet_steps: int = 5800,
+    unet_steps: int = 8000,
+    judge_steps: int = 700,
 ) -> None:
     """Train the demo model from nothing, or go on where an earlier call was stopped."""
     checkpoints = out / "checkpoints"
@@ -362,13 +366,17 @@ def train(
     common: dict[str, Any] = {"seed": seed, "checkpoints": checkpoints, "device": where}
     train_vae(vae, pictures, num_steps=vae_steps, **common)
     stretch = emphasise_luminance(vae, _pixels(pictures, np.arange(512), where))
-    train_clip(clip, tokenizer, pictures, num_steps=clip_steps, **common)
+    train_clip("clip", clip, tokenizer, pictures, num_steps=clip_steps, **common)
     train_text(denoiser.text_encoder, tokenizer, num_steps=text_steps, **common)
     latents = _encode_all(vae, pictures, where)
     cells = cached_region_cells(out, seed=seed, num_scenes=num_scenes, cells=latents.shape[-1])
     train_unet(denoiser, tokenizer, scheduler, latents, cells, stretch, num_steps=unet_steps, **common)
     save_bundle(out / "bundle", tokenizer, vae, clip, denoiser.unet, denoiser.text_encoder, scheduler)
-    print(f"bundle: {out / 'bundle'}")
+    torch.manual_seed(seed + 1)  # another start and, by its name, other batches than the guidance CLIP's
+    judge = build_clip(tokenizer).to(where)
+    train_clip("judge", judge, tokenizer, pictures, num_steps=judge_steps, **common)
+    save_clip(out / "judge", tokenizer, judge)
+    print(f"bundle: {out / 'bundle'}, judge: {out / 'judge'}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from diffcolor_core.images import Picture, gray_input, read_picture, read_scan, 
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.study.methods import chosen_methods
-from diffcolor_core.study.runner import Scores
+from diffcolor_core.study.perceptual import Perceptual
+from diffcolor_core.study.runner import Scores, judged
 
 
 def run_photographs(
@@ -31,12 +32,15 @@ def run_photographs(
     seed: int,
     folder: Path,
     longest_px: int = 512,
+    judge: Checkpoint | None = None,
+    perceptual: Perceptual | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Scores]:
     """Scores per method over the first `num` photographs that the catalog.csv in `photos` names.
 
     Its columns are image, context_prompt, target_prompt (used where given). Each photograph is reduced
-    to `longest_px` first. Raises ValueError for a catalog without such columns or an unknown method.
+    to `longest_px` first. judge: a checkpoint whose CLIP no method was optimised with. perceptual: for
+    lpips, fid and kid. Raises ValueError for a catalog without such columns or an unknown method.
     """
     with (photos / "catalog.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:num]
@@ -58,16 +62,28 @@ def run_photographs(
             fit = pipe.fit(gray, context, seed=seed)
             result = pipe.recolor(fit, None if method.fit_on_target else target)
             result.image.save(place / f"{name}.png")
-            for figure, value in fidelity(truth, read_picture(place / f"{name}.png")).items():
+            saved = read_picture(place / f"{name}.png")
+            scores = fidelity(truth, saved)
+            if judge is not None:
+                scores |= judged(judge, saved, target or context, context, pipe.settings.stage1.anti_color_prompts)
+            if perceptual is not None:
+                scores["lpips"] = perceptual.distance(_unit(saved), _unit(truth))
+            for figure, value in scores.items():
                 figures[name].setdefault(figure, []).append(value)
             done += 1
             progress(name, done, len(rows) * len(chosen))
+    if perceptual is not None and len(rows) > 1:
+        places = [folder / "photographs" / Path(row["image"]).stem for row in rows]
+        truths = [_unit(read_picture(place / "truth.png")) for place in places]
+        for name in chosen:
+            pictures = [_unit(read_picture(place / f"{name}.png")) for place in places]
+            figures[name] |= {key: [value] for key, value in perceptual.set_distances(truths, pictures).items()}
     return figures
 
 
 def fidelity(truth: Picture, picture: Picture) -> dict[str, float]:
     """PSNR (dB) and SSIM of sRGB, SSIM of L*, colourfulness and its distance to the truth's as a share of it."""
-    x, y = _unit(picture), _unit(truth)
+    x, y = _unit(picture)[None], _unit(truth)[None]
     ssim = structural_similarity_index_measure(x, y, data_range=1.0)
     ssim_l = structural_similarity_index_measure(lightness(x) / 100, lightness(y) / 100, data_range=1.0)
     psnr = float(peak_signal_noise_ratio(x, y, data_range=1.0))
@@ -84,7 +100,7 @@ def fidelity(truth: Picture, picture: Picture) -> dict[str, float]:
 
 
 def _unit(picture: Picture) -> Tensor:
-    return torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1)[None].double() / 255
+    return torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1).double() / 255
 
 
 def _picture(rgb: Tensor) -> Picture:

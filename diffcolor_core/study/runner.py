@@ -86,24 +86,29 @@ def _score_one(
         "peak_memory_bytes": _peak_memory_bytes(pipe.checkpoint.device),
     }
     if judge is not None:
-        figures |= _judged(judge, result.image, case, pipe.settings.stage1.anti_color_prompts)
+        anti_color = pipe.settings.stage1.anti_color_prompts
+        figures |= judged(judge, result.image, case.prompt or case.context_prompt, case.context_prompt, anti_color)
     if case.edited is None:
         return figures
-    if case.start is not None:
-        before, after, index = lab_of(case.start), lab, case.edited
-    else:
+    mask = case.scene.masks[case.edited]
+    if case.start is None:  # one word changed in the picture just made, and in one made anew
+        assert case.edited_prompt is not None
+        edited = stem.with_name(stem.name + "-edited")
         if method.fit_on_target:  # its colours are fixed by the fit: another prompt is another fit
-            assert case.edited_prompt is not None
-            other = pipe.recolor(pipe.fit(gray, case.edited_prompt, seed=seed))
+            changed = anew = pipe.recolor(pipe.fit(gray, case.edited_prompt, seed=seed))
         else:
-            other = pipe.recolor(fit, case.edited_prompt)
-        before, after, index = lab, lab_of(_saved(other.image, stem.with_name(stem.name + "-edited"))), case.edited
-    outside, band = leakage(before, after, case.scene.masks[index])
-    figures |= {"leakage": outside, "leakage_band": band}
-    if case.start is not None:
-        right = region_right(case, lab, index)
-        figures |= {"edited_right": float(right), "edit_success": float(right and outside <= EDIT_LEAKAGE)}
-    return figures
+            changed, anew = (pipe.recolor(fit, case.edited_prompt, base=base) for base in (result, None))
+        outside, band = leakage(lab, lab_of(_saved(changed.image, edited)), mask)
+        return figures | {
+            "leakage": outside,
+            "leakage_band": band,
+            "leakage_anew": leakage(lab, lab_of(anew.image), mask)[0],
+        }
+    outside, band = leakage(lab_of(case.start), lab, mask)
+    right = region_right(case, lab, case.edited)
+    success = float(right and outside <= EDIT_LEAKAGE)
+    edit = {"leakage": outside, "leakage_band": band, "edited_right": float(right), "edit_success": success}
+    return figures | edit
 
 
 def _saved(picture: Picture, stem: Path) -> Picture:
@@ -123,10 +128,12 @@ def _peak_memory_bytes(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _judged(judge: Checkpoint, picture: Picture, case: Case, anti_color: tuple[str, ...]) -> dict[str, float]:
-    """clip_similarity with the prompt; anti_color_look: 1 if an anti-colour prompt fits better than the caption."""
+def judged(
+    judge: Checkpoint, picture: Picture, prompt: str, context_prompt: str, anti_color: tuple[str, ...]
+) -> dict[str, float]:
+    """clip_similarity with the prompt; anti_color_look: 1 if an anti-colour prompt fits better than the context's."""
     x = torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1)[None].float().to(judge.device) / 127.5 - 1
-    text = judge.clip_text_features([case.prompt or case.context_prompt, case.context_prompt, *anti_color])
+    text = judge.clip_text_features([prompt, context_prompt, *anti_color])
     similarity = (judge.clip_image_features(x) @ text.T)[0]
     return {
         "clip_similarity": float(similarity[0]),
