@@ -1,9 +1,10 @@
 """Does the demo model obey its words? `python -m diffcolor_core.demo.evaluate --num 40 --seed 7`.
 
-Fresh scenes with colours drawn anew; each caption goes through text-to-image from noise (strength
-1), and every region (objects, table, wall) is scored by the named hue nearest to the median a*, b*
-of its eroded mask. So that the masks fit the picture, sampling holds the luminance to the gray
-scene's: where things stand is given, every colour is the words'.
+Fresh scenes with colours drawn anew; the gray scene's latent is noised and sampled under each caption
+as the preset `demo` does it (`--strength 1` from noise alone), and every region (objects, table, wall)
+is scored by the named hue nearest to the median a*, b* of its eroded mask. So that the masks fit the
+picture, sampling holds the luminance to the gray scene's: where things stand is given, every colour is
+the words'.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.color import srgb_to_lab
-from diffcolor_core.config import SamplingSettings
+from diffcolor_core.config import SamplingSettings, preset
 from diffcolor_core.demo.scenes import (
     NEUTRALS,
     Scene,
@@ -64,7 +65,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Model to test.")] = "demo",
     num: Annotated[int, typer.Option(help="Scenes.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of scenes, colours and noise.")] = 7,
-    strength: Annotated[float, typer.Option(help="Starting noise level.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Starting noise level.")] = preset("demo").sampling.strength,
     project: Annotated[bool, typer.Option(help="Luminance projection while sampling.")] = True,
 ) -> None:
     """Print region accuracy and the swap test as JSON."""
@@ -72,7 +73,8 @@ def evaluate(
     size = checkpoint.native_size_px
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    sampling = SamplingSettings(num_steps=25, strength=strength, project_luminance=project)
+    changes = {"strength": strength, "project_luminance": project}
+    sampling = preset("demo").sampling.model_copy(update=changes)
     right: dict[str, list[bool]] = {"object": [], "table": [], "wall": []}
     both: list[bool] = []
     for _ in range(num):
@@ -91,7 +93,7 @@ def evaluate(
     figures = {f"{kind}_accuracy": sum(r) / len(r) for kind, r in right.items()}
     figures["region_accuracy"] = sum(every) / len(every)
     figures["swap_both_right"] = sum(both) / len(both)
-    print(json.dumps({"scenes": num, "seed": seed, **figures}, indent=2))
+    print(json.dumps({"scenes": num, "seed": seed, "strength": strength, **figures}, indent=2))
 
 
 if __name__ == "__main__":

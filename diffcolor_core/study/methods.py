@@ -26,6 +26,17 @@ def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
     return derive
 
 
+def _steps(factor: float) -> Callable[[Settings], Settings]:
+    """As many optimisation steps times `factor`."""
+
+    def derive(settings: Settings) -> Settings:
+        one, two = settings.stage1, settings.stage2
+        steps = {"embedding_steps": round(two.embedding_steps * factor), "model_steps": round(two.model_steps * factor)}
+        return _with(stage1={"num_steps": round(one.num_steps * factor)}, stage2=steps)(settings)
+
+    return derive
+
+
 _PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": False, "regional_prompts": False}
 _NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
@@ -82,6 +93,8 @@ METHODS: dict[str, Method] = {
         _with(stage1={"enabled": True, "diffusion_target": "noise"}), "stage 1, equation (2) as in the paper"
     ),
     "all-timesteps": Method(_with(stage1={"enabled": True, "max_timestep": 1.0}), "stage 1 over the whole schedule"),
+    "half-steps": Method(_steps(0.5), "half the optimisation steps"),
+    "double-steps": Method(_steps(2), "twice the optimisation steps"),
     "no-projection": Method(_with(sampling=_OFF), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
     "vae-alignment": Method(_with(alignment={"enabled": True, "features": "vae"}), "alignment by VAE features"),
