@@ -1,8 +1,8 @@
 """The flow `colorize-archive`: a folder of scans to colorized images and a manifest."""
 
-import json
-import secrets
+import time
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated, Any, Literal
@@ -14,15 +14,16 @@ from pydantic import Field
 
 from diffcolor_core.config import preset as settings_preset
 from diffcolor_core.models import identify
-from tasks.archive import list_work, read_catalog
+from tasks.archive import read_catalog
 from tasks.colorize import ActorPool, colorize_on, ray_actors
-from tasks.manifest import commit_part, latest_rows
-from tasks.planning import RunConfig, Shard, plan_shards
+from tasks.lease import Lease, hold_output
+from tasks.manifest import commit_part
+from tasks.planning import RunConfig, Shard, open_plan
 from tasks.progress import RunProgress
 from tasks.storage import Store
 
-COMMIT_EVERY = 8
-"""Images per manifest part: what a crash may lose of a shard's work."""
+COMMIT_SECONDS = 300.0
+"""A part is committed after so long even if it holds few images."""
 
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -30,26 +31,35 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 
 @task(name="colorize-shard", task_run_name="shard-{shard.number}", cache_policy=NO_CACHE)
 def colorize_shard(
-    shard: Shard, config: RunConfig, pool: ActorPool, progress: RunProgress, invocation: str
+    shard: Shard,
+    config: RunConfig,
+    lease: Lease,
+    pool: ActorPool,
+    progress: RunProgress,
+    commit_every: int,
+    image_timeout_seconds: float | None,
 ) -> Counter[str]:
     """Colour a shard's images on one actor and commit their rows in parts."""
     output = Store(config.output)
     counts: Counter[str] = Counter()
     pending: list[dict[str, Any]] = []
-    number = 0
+    number, committed_at = 0, time.monotonic()
 
     def commit() -> None:
-        commit_part(output, f"{config.run_id}-{invocation}-{shard.number:06d}-{number:05d}", pending)
+        nonlocal committed_at
+        lease.check()
+        commit_part(output, f"{config.generation:06d}-{shard.number:06d}-{number:05d}", pending)
         pending.clear()
+        committed_at = time.monotonic()
 
     with pool.borrow() as actor:
         try:
             for number, planned in enumerate(shard.images, 1):
-                rows = colorize_on(actor, config, planned)
+                rows = colorize_on(actor, config, planned, image_timeout_seconds)
                 pending += rows
                 counts.update(row["status"] for row in rows)
                 progress.image_done(rows)
-                if number % COMMIT_EVERY == 0:
+                if number % commit_every == 0 or time.monotonic() - committed_at > COMMIT_SECONDS:
                     commit()
         finally:  # also when the run is stopped: what is finished is kept
             if pending:
@@ -74,6 +84,11 @@ def colorize_archive(
     image_format: Literal["png", "tiff"] = "png",
     access_copy: Literal["jpeg", "webp"] | None = None,
     run_id: str | None = None,
+    keep_fits: bool = True,
+    retry: Literal["failed", "quarantined"] = "failed",
+    commit_every: AtLeastOne = 8,
+    image_timeout_seconds: Annotated[float, Field(gt=0)] | None = None,
+    whole_archive: bool = True,
 ) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
 
@@ -95,6 +110,11 @@ def colorize_archive(
         image_format: Of the colorized pictures, "png" or "tiff": lossless, at the scan's bit depth.
         access_copy: "jpeg" or "webp" for a small lossy copy beside each picture.
         run_id: Name of the run in the manifest; by default its start time.
+        keep_fits: Keep each fit beside the images, so that later prompts need no fitting.
+        retry: What is tried again besides what is not done: "failed", or "quarantined" as well.
+        commit_every: Images per manifest part: what a crash may lose of a shard's work.
+        image_timeout_seconds: Kill an image's actor after so long; by default never.
+        whole_archive: Off, only the images that the catalog names.
     """
     logger = get_run_logger()
     # 1. open the run
@@ -111,36 +131,47 @@ def colorize_archive(
         device="cuda" if gpus_per_actor > 0 else "cpu",
         image_format=image_format,
         access_copy=access_copy,
+        keep_fits=keep_fits,
     )
     source, target = Store(archive), Store(output)
     if not source.exists():
         raise FileNotFoundError(f"there is no archive at {archive!r}")
-    # 2. list the archive and join the catalog; 3. plan
-    work = list_work(source, read_catalog(source, catalog), prompt)[:limit]
-    plan = plan_shards(work, latest_rows(target), config, shard_size)
-    done_before = sum(plan.done_before.values())
-    logger.info("run %s: %d images to do, %d variants done before", config.run_id, plan.num_images, done_before)
-    counts: Counter[str] = Counter(plan.done_before)
-    # 4. one task per shard, each on an actor of its own
-    if plan.shards:
-        invocation = secrets.token_hex(4)
-        target.create(f"runs/{config.run_id}-{invocation}.json", json.dumps(config.record(), indent=2).encode())
-        with (
-            ray_actors(config, num_actors=num_actors, gpus_per_actor=gpus_per_actor, ray_address=ray_address) as pool,
-            RunProgress(plan.num_images, logger) as progress,
-        ):
-            waiting = iter(plan.shards)
+    rows = read_catalog(source, catalog)
+    with hold_output(target, config.record()) as lease:
+        config = replace(config, generation=lease.generation)
+        # 2. list the archive, join the catalog, leave out what is done
+        with open_plan(
+            *(source, target, config, rows),
+            prompt=prompt,
+            limit=limit,
+            retry_quarantined=retry == "quarantined",
+            whole_archive=whole_archive,
+        ) as plan:
+            counts: Counter[str] = Counter(plan.done_before)
+            done_before = counts.total()
+            logger.info("run %s: %d images to do, %d variants done before", config.run_id, plan.num_images, done_before)
+            # 3. one task per shard, each on an actor of its own
+            if plan.num_images:
+                with (
+                    ray_actors(
+                        config, num_actors=num_actors, gpus_per_actor=gpus_per_actor, ray_address=ray_address
+                    ) as pool,
+                    RunProgress(plan.num_images, logger) as progress,
+                ):
+                    waiting = plan.shards(shard_size)
 
-            def submit(count: int) -> set[PrefectFuture[Counter[str]]]:
-                return {colorize_shard.submit(s, config, pool, progress, invocation) for s in islice(waiting, count)}
+                    def submit(count: int) -> set[PrefectFuture[Counter[str]]]:
+                        how = (config, lease, pool, progress, commit_every, image_timeout_seconds)
+                        return {colorize_shard.submit(shard, *how) for shard in islice(waiting, count)}
 
-            active = submit(num_actors)
-            while active:
-                finished = next(iter(as_completed(list(active))))
-                active.remove(finished)
-                counts += finished.result()
-                active |= submit(1)
-    # 5. summary
-    summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
+                    active = submit(num_actors)
+                    while active:
+                        finished = next(iter(as_completed(list(active))))
+                        active.remove(finished)
+                        counts += finished.result()
+                        active |= submit(1)
+        # 4. summary
+        summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
+        lease.end({"status": "finished", **summary} if plan.num_images else None)
     logger.info("run %s: %s", config.run_id, summary)
     return summary

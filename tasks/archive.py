@@ -5,8 +5,9 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import IO
 
 import pyarrow.parquet as pq
 
@@ -16,6 +17,8 @@ DEFAULT_CATALOG = "catalog.csv"
 COLUMNS = ("image", "context_prompt", "target_prompt")
 SIDECAR_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".md", ".xml", ".yaml", ".yml")
 """Tables and texts that lie beside images; every other file of an archive is taken for an image."""
+MAX_PROMPT_CHARACTERS = 4000
+"""Of a catalog's cell; a text tower reads about 300 characters at a time."""
 
 
 class CatalogError(ValueError):
@@ -68,106 +71,75 @@ def variant_name(context_prompt: str | None, target_prompt: str | None) -> str:
 # ------------------------------------------------------------------ the catalog
 
 
-def read_catalog(archive: Store, catalog: str | None) -> list[CatalogRow] | None:
+def read_catalog(archive: Store, catalog: str | None) -> Iterator[CatalogRow] | None:
     """The rows of a catalog (CSV, JSONL or Parquet), by any fsspec URL; by default the archive's catalog.csv.
 
-    None if no catalog is given and the archive has none. Raises CatalogError with what is wrong.
+    None if no catalog is given and the archive has none. Raises CatalogError with what is wrong; the
+    rows are read one by one, so an error in a row comes when its turn is.
     """
     if catalog is None:
-        if not archive.fs.exists(f"{archive.root}/{DEFAULT_CATALOG}"):
+        if not archive.has(DEFAULT_CATALOG):
             return None
-        data, name = archive.read(DEFAULT_CATALOG), archive.uri(DEFAULT_CATALOG)
-    else:
-        folder, _, name = catalog.rpartition("/")
-        try:
-            data = Store(folder or ".").read(name)
-        except FileNotFoundError as error:
-            raise CatalogError(f"there is no catalog at {catalog!r}") from error
-        name = catalog
+        return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG))
+    if not catalog.endswith((".csv", ".jsonl", ".parquet")):
+        raise CatalogError(f"catalog {catalog!r}: a catalog is .csv, .jsonl or .parquet")
+    folder, _, name = catalog.rpartition("/")
+    store = Store(folder or ("/" if catalog.startswith("/") else "."))
+    if not store.has(name):
+        raise CatalogError(f"there is no catalog at {catalog!r}")
+    return _rows(store, name, catalog)
+
+
+def _rows(store: Store, key: str, name: str) -> Iterator[CatalogRow]:
     try:
-        records = list(_records(data, name))
+        with store.open(key) as file:
+            for number, record in enumerate(_records(file, name), 1):
+                yield _row(number, record)
     except (UnicodeDecodeError, ValueError, csv.Error) as error:
         raise CatalogError(f"catalog {name!r}: {error}") from error
-    rows = [_row(number, record, name) for number, record in enumerate(records, 1)]
-    _refuse_duplicates(rows, name)
-    return rows
 
 
-def _records(data: bytes, name: str) -> Iterator[dict[str, object]]:
+def _records(file: IO[bytes], name: str) -> Iterator[dict[str, object]]:
     if name.endswith(".parquet"):
-        yield from pq.read_table(io.BytesIO(data)).to_pylist()
+        for batch in pq.ParquetFile(file).iter_batches(10_000):
+            yield from batch.to_pylist()
     elif name.endswith(".jsonl"):
-        for number, line in enumerate(data.decode("utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
             if line.strip():
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"line {number} is not an object")
                 yield record
-    elif name.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    else:
+        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         for required in COLUMNS[:2]:
             if required not in (reader.fieldnames or ()):
                 near = difflib.get_close_matches(required, reader.fieldnames or (), 1)
                 hint = f" (did you mean your {near[0]!r}?)" if near else ""
                 raise ValueError(f"there is no column {required!r}{hint}; it has {', '.join(reader.fieldnames or ())}")
-        yield from reader
-    else:
-        raise ValueError("a catalog is .csv, .jsonl or .parquet")
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
 
 
-def _row(number: int, record: dict[str, object], name: str) -> CatalogRow:
+def _row(number: int, record: dict[str, object]) -> CatalogRow:
     values = []
     for column in COLUMNS:
         value = record.get(column)
         if value is not None and not isinstance(value, str):
-            raise CatalogError(f"catalog {name!r}, row {number}: {column} is {value!r}, not text")
+            raise ValueError(f"row {number}: {column} is {str(value)[:100]!r}, not text")
+        if value is not None and len(value) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"row {number}: {column} has {len(value)} characters, the limit is {MAX_PROMPT_CHARACTERS}"
+            )
         values.append(value.strip() if value else None)
     image, context_prompt, target_prompt = values
     if image is None:
-        raise CatalogError(f"catalog {name!r}, row {number}: no image is named")
+        raise ValueError(f"row {number}: no image is named")
     return CatalogRow(number, image, context_prompt or None, target_prompt or None)
 
 
-def _refuse_duplicates(rows: Iterable[CatalogRow], name: str) -> None:
-    seen: dict[tuple[str, str | None, str | None], int] = {}
-    for row in rows:
-        key = (row.image, row.context_prompt, row.target_prompt)
-        if key in seen:
-            raise CatalogError(f"catalog {name!r}: row {row.number} repeats row {seen[key]} ({row.image!r})")
-        seen[key] = row.number
-
-
-# ------------------------------------------------------------------ images x prompts
-
-
-def list_work(archive: Store, rows: list[CatalogRow] | None, prompt: str | None) -> list[ImageWork]:
-    """What is to be done: for each image, one fit per context prompt with its variants, sorted by image.
-
-    Every file of the archive that is not hidden or a sidecar counts as an image: what turns out to
-    be none is quarantined, not passed over. `prompt` is the context prompt of images for which the
-    catalog has none. A catalog row without a file, and a file without a prompt, become work with a
-    `problem`.
-    """
-    versions = {
-        key: version
-        for key, version in archive.list()
-        if not key.rpartition("/")[2].startswith(".") and not key.lower().endswith(SIDECAR_SUFFIXES)
-    }
-    wanted: dict[tuple[str, str | None], list[CatalogRow]] = {}
-    for row in rows or ():
-        wanted.setdefault((row.image, row.context_prompt or prompt), []).append(row)
-    in_catalog = {image for image, _ in wanted}
-    for key in versions.keys() - in_catalog:
-        wanted[key, prompt] = [CatalogRow(0, key, prompt, None)]
-
-    work = []
-    for (image, context), asked in sorted(wanted.items(), key=lambda item: (item[0][0], item[0][1] or "")):
-        targets = dict.fromkeys(row.target_prompt for row in asked)
-        problem: ValueError | None = None
-        if image not in versions:
-            problem = MissingImageError(f"catalog row {asked[0].number} names {image!r}, which is not in the archive")
-        elif context is None:
-            problem = MissingPromptError("the catalog has no context prompt for it, and no --prompt was given")
-        variants = tuple(Variant(variant_name(context, target), target) for target in targets)
-        work.append(ImageWork(image, versions.get(image, ""), context, variants, problem))
-    return work
+def is_image_key(key: str) -> bool:
+    """Whether a file of an archive counts as an image: all do that are not hidden, nor a table or text beside them."""
+    return not key.rpartition("/")[2].startswith(".") and not key.lower().endswith(SIDECAR_SUFFIXES)

@@ -3,19 +3,22 @@
 import hashlib
 import os
 import platform
-import queue
 import resource
 import secrets
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from diffcolor_core import DiffColor, Fit, Picture, Result, __version__, read_scan
+from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, __version__, read_scan
+from diffcolor_core.fits import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.planning import PlannedImage, RunConfig
 from tasks.storage import Store, slug
@@ -23,6 +26,8 @@ from tasks.storage import Store, slug
 Row = dict[str, Any]
 MAX_ATTEMPTS = 3
 """How often an image may kill its actor before it is quarantined."""
+MAX_NODE_LOSSES = 20
+"""How often an image is tried again because a whole machine was lost under it."""
 
 
 class DeadlyImageError(RuntimeError):
@@ -45,16 +50,24 @@ class ImageWorker:
                 f"loaded {loaded}: is {config.model!r} another folder here?"
             )
 
-    def ready(self) -> bool:
-        """Answers once the model is loaded."""
-        return True
+    def ready(self) -> str:
+        """Answers once the model is loaded: the id of the Ray node, if there is one."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
     def colorize(self, planned: PlannedImage) -> list[Row]:
-        """One row per variant. What is wrong with the image or its prompts is a row; a broken machine raises."""
-        start, started_at = time.perf_counter(), datetime.now(UTC)
-        shared: Row = {"started_at": started_at}
+        """One row per variant. What is wrong with the image or its prompts is a row; a broken machine raises.
+
+        Work that was done before on the same bytes under another name or date is adopted, not done
+        again. Where memory runs out, a smaller working size is tried once, and recorded.
+        """
+        started_at = datetime.now(UTC)
         data = self.archive.read(planned.work.image_key)
-        shared["input_sha256"] = hashlib.sha256(data).hexdigest()
+        shared: Row = {"started_at": started_at, "input_sha256": hashlib.sha256(data).hexdigest()}
+        adopted, planned = self._adopt(planned, shared)
+        if not planned.attempts:
+            return adopted
         try:
             scan = read_scan(data)
             del data
@@ -65,33 +78,76 @@ class ImageWorker:
                 "input_mode": scan.mode,
                 "pages_left_out": scan.num_pages - 1,
             }
-            fit = self.pipe.fit(scan, planned.work.context_prompt or "", seed=self.config.seed)
+            try:
+                return adopted + self._colorize(planned, scan, self.pipe, shared)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0][:200]
+            smaller = smaller_pipe(self.pipe)
+            shared["fallback"] = f"working size {smaller.settings.working_size_px} px, batch size 1: {reason}"
+            return adopted + self._colorize(planned, scan, smaller, shared)
         except ValueError as error:  # an unreadable image, a prompt that cannot be used
-            return error_rows(self.config, planned, "quarantined", error, shared)
-        shared |= {
+            return adopted + error_rows(self.config, planned, "quarantined", error, shared)
+
+    def _adopt(self, planned: PlannedImage, shared: Row) -> tuple[list[Row], PlannedImage]:
+        """Rows of the variants that an earlier row answers, and what is left of the plan."""
+        rows, left = [], []
+        for index, earlier in enumerate(planned.earlier or (None,) * len(planned.attempts)):
+            if earlier is None or earlier["input_sha256"] != shared["input_sha256"]:
+                left.append(index)
+                continue
+            own = base_row(self.config, planned, index) | {"adopted_from": earlier["image_key"]}
+            rows.append(earlier | own | shared)
+        variants = tuple(planned.work.variants[i] for i in left)
+        work = replace(planned.work, variants=variants)
+        return rows, PlannedImage(work, tuple(planned.attempts[i] for i in left))
+
+    def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
+        """The fit, made or loaded, then the variants."""
+        start = time.perf_counter()
+        key, context, sha256 = planned.work.image_key, planned.work.context_prompt, shared["input_sha256"]
+        fit, columns = self._fit(scan, context or "", pipe, shared)
+        shared |= columns | {
             "rewritten_prompt": fit.rewritten_prompt,
             "stage1_seconds": fit.stage1_seconds,
             "stage2_seconds": fit.stage2_seconds,
         }
-        folder = f"images/{slug(planned.work.image_key)}-{shared['input_sha256'][:12]}"
-        context = planned.work.context_prompt
-        primary = self._write(
-            f"{folder}/primary-{self._digest(context, None)}", fit.primary_picture, fit, context or ""
-        )
-        shared["primary_uri"] = primary["output_uri"]
+        folder = f"images/{slug(key)}-{hashlib.sha256(f'{key}/{sha256}'.encode()).hexdigest()[:16]}"
+        primary_stem = f"{folder}/primary-{self._digest(context, None)}"
+        primary_key = f"{primary_stem}{SUFFIX[self.config.image_format]}"
+        shared["primary_uri"] = self.output.uri(primary_key)
+        if any(v.target_prompt is None for v in planned.work.variants) or not self.output.has(primary_key):
+            primary = self._write(primary_stem, fit.primary_picture, fit, context or "")
         fit_seconds = time.perf_counter() - start
 
         rows = []
         for index, variant in enumerate(planned.work.variants):
             start = time.perf_counter()
-            result = self.pipe.recolor(fit, variant.target_prompt)
-            files = primary
-            if variant.target_prompt is not None:
+            result = pipe.recolor(fit, variant.target_prompt)
+            if variant.target_prompt is None:
+                files = primary
+            else:
                 stem = f"{folder}/target-{self._digest(context, variant.target_prompt)}"
                 files = self._write(stem, result.image, fit, variant.target_prompt)
             seconds = fit_seconds + time.perf_counter() - start
             rows.append(self._row(planned, index, result, shared | files, seconds))
         return rows
+
+    def _fit(self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row) -> tuple[Fit, Row]:
+        """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns."""
+        if not self.config.keep_fits or "fallback" in shared:
+            return pipe.fit(scan, context_prompt, seed=self.config.seed), {"fit_reused": False}
+        sha256 = shared["input_sha256"]
+        folder = f"fits/{sha256[:2]}/{sha256[:32]}-{self.config.fit_sha256(context_prompt)[:12]}"
+        url = self.output.uri(folder)
+        try:
+            fit, reused = pipe.load_fit(url, scan), True
+        except FitError:  # none yet, or one that a crash left half written
+            fit, reused = pipe.fit(scan, context_prompt, seed=self.config.seed), False
+            fit.save(url, with_scan=False)
+        size = sum(info["size"] for info in self.output.fs.ls(f"{self.output.root}/{folder}", detail=True))
+        return fit, {"fit_uri": url, "fit_bytes": size, "fit_reused": reused}
 
     def _digest(self, context_prompt: str | None, target_prompt: str | None) -> str:
         return self.config.config_sha256(context_prompt, target_prompt)[:12]
@@ -100,7 +156,7 @@ class ImageWorker:
         """Write a picture and its access copy; where they are, as columns."""
         assert fit.scan is not None  # it was fitted here
         provenance = fit.provenance(prompt, self.config.run_id)
-        columns = {}
+        columns: Row = {}
         formats: tuple[tuple[str, ImageFormat | None], ...] = (
             ("output_uri", self.config.image_format),
             ("access_uri", self.config.access_copy),
@@ -113,7 +169,7 @@ class ImageWorker:
             self.output.write(key, data)
             columns[column] = self.output.uri(key)
             if column == "output_uri":
-                columns["output_sha256"] = hashlib.sha256(data).hexdigest()
+                columns |= {"output_sha256": hashlib.sha256(data).hexdigest(), "output_bytes": len(data)}
         return columns
 
     def _row(self, planned: PlannedImage, index: int, result: Result, shared: Row, seconds: float) -> Row:
@@ -156,6 +212,7 @@ def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
         "started_at": now,
         "finished_at": now,
         "software_version": __version__,
+        "generation": config.generation,
     }
 
 
@@ -170,6 +227,18 @@ def error_rows(
         "finished_at": datetime.now(UTC),
     }
     return [base_row(config, planned, i) | (shared or {}) | what for i in range(len(planned.attempts))]
+
+
+def smaller_pipe(pipe: DiffColor) -> DiffColor:
+    """The same model at three quarters of the working size, one noise draw a step."""
+    side = pipe.settings.working_size_px or pipe.checkpoint.native_size_px
+    changes = {"working_size_px": max(1, side * 3 // 4), "batch_size": 1}
+    return DiffColor(pipe.checkpoint, pipe.settings.model_copy(update=changes))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch has an exception of its own for the GPU, and a RuntimeError with these words for the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def device_name(device: torch.device) -> str:
@@ -189,23 +258,68 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ------------------------------------------------------------------ Ray
 
 
+class RunStoppedError(RuntimeError):
+    """The run is being stopped: no more images are begun."""
+
+
+class PooledActor:
+    """An actor, and the node that it runs on now."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.node_id = ""
+
+    def wait_until_ready(self) -> None:
+        """Return once the model is loaded, after a restart too. Raises if no actor can be started."""
+        import ray
+
+        self.node_id = ray.get(self.handle.ready.options(max_task_retries=-1).remote())
+
+    def lost_its_node(self) -> bool:
+        """Whether the machine that it ran on is gone: then its death is nobody's fault."""
+        import ray
+
+        return not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
+
+
 class ActorPool:
     """Actors to lend, one borrower each: so an actor has one image in flight, and a crash blames one image only."""
 
-    def __init__(self, actors: list[Any]) -> None:
-        self.actors = actors
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for actor in actors:
-            self._idle.put(actor)
+    def __init__(self, handles: list[Any]) -> None:
+        self.actors = [PooledActor(handle) for handle in handles]
+        self._free = deque(self.actors)
+        self._changed = threading.Condition()
+        self._closed = False
 
     @contextmanager
-    def borrow(self) -> Iterator[Any]:
-        """An idle actor, waiting for one if need be."""
-        actor = self._idle.get()
+    def borrow(self) -> Iterator[PooledActor]:
+        """An idle actor, waiting for one if need be. Raises RunStoppedError once the pool is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._closed)
+            self._refuse_if_closed()
+            actor = self._free.popleft()
         try:
             yield actor
         finally:
-            self._idle.put(actor)
+            with self._changed:
+                self._free.append(actor)
+                self._changed.notify_all()
+
+    def close(self, wait_seconds: float = 60.0) -> None:
+        """Kill the actors and wait until every borrower has committed what it had and gone."""
+        import ray
+
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for actor in self.actors:
+            ray.kill(actor.handle)
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._free) == len(self.actors), timeout=wait_seconds)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RunStoppedError("the run is being stopped")
 
 
 @contextmanager
@@ -217,7 +331,7 @@ def ray_actors(
     A Ray that is started here demands a token made for it alone: other users of the machine cannot
     reach it, and no token file is left in the home directory. For a cluster at `ray_address` the
     caller's RAY_AUTH_MODE and token hold. Ray reads these variables when it is imported: hence the
-    late import, here and below.
+    late import, here and elsewhere in this file.
     """
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -233,36 +347,49 @@ def ray_actors(
     remote = ray.remote(ImageWorker).options(
         num_cpus=threads or 1, num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=0
     )
-    actors = [remote.remote(config, threads) for _ in range(num_actors)]
+    pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
     try:
-        ray.get([actor.ready.remote() for actor in actors])
-        yield ActorPool(actors)
+        for actor in pool.actors:
+            actor.wait_until_ready()
+        yield pool
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        pool.close()
         if started_here:
             ray.shutdown()
 
 
-def colorize_on(actor: Any, config: RunConfig, planned: PlannedImage) -> list[Row]:
+def colorize_on(
+    actor: PooledActor, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float | None = None
+) -> list[Row]:
     """Colour one image on an actor. Every outcome is rows: this raises only if no actor can be started.
 
     A dead actor is started again by Ray and the image tried again, up to `MAX_ATTEMPTS`; then the
-    image is quarantined.
+    image is quarantined with what happened each time. An image that takes longer than
+    `image_timeout_seconds` has its actor killed, which counts as such a death; that of an actor whose
+    node is lost does not.
     """
     import ray
 
     if planned.work.problem is not None:
         return error_rows(config, planned, "quarantined", planned.work.problem)
-    deaths = []
-    for _ in range(MAX_ATTEMPTS):
+    deaths: list[str] = []
+    losses = 0
+    while len(deaths) < MAX_ATTEMPTS:
         try:
-            return list(ray.get(actor.colorize.remote(planned)))
+            reference = actor.handle.colorize.remote(planned)
+            done, _ = ray.wait([reference], timeout=image_timeout_seconds)
+            if done:
+                return list(ray.get(reference))
+            ray.kill(actor.handle, no_restart=False)
+            deaths.append(f"no result within {image_timeout_seconds:.0f} s")
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
         except ray.exceptions.RayActorError as error:
-            deaths.append(error)
-            # Wait until Ray has started it again. If no actor can be started, that is the run's failure.
-            ray.get(actor.ready.options(max_task_retries=-1).remote())
-    reason = f"its worker died {len(deaths)} times on this image, the last time with: {deaths[-1]}"
+            if losses < MAX_NODE_LOSSES and actor.lost_its_node():
+                losses += 1
+            else:
+                deaths.append(str(error).strip().partition("\n")[0])
+        actor.wait_until_ready()  # Ray starts it again. If no actor can be started, that is the run's failure.
+    history = "; ".join(f"{number}. {death}" for number, death in enumerate(deaths, 1))
+    reason = f"its worker died {len(deaths)} times on this image: {history}"
     return error_rows(config, planned, "quarantined", DeadlyImageError(reason))

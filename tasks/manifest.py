@@ -1,7 +1,10 @@
 """The manifest: typed rows in immutable Parquet parts, and the reader that knows which row counts."""
 
 import io
+import json
+import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import duckdb
@@ -10,7 +13,7 @@ import pyarrow.parquet as pq
 
 from tasks.storage import Store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PREFIX = "manifest"
 
 
@@ -20,6 +23,7 @@ class _Column(NamedTuple):
     description: str
     unit: str = ""
     nullable: bool = True
+    since: int = 1
 
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -89,6 +93,13 @@ _COLUMNS = (
     _Column("started_at", _TIME, "When work on the image began.", nullable=False),
     _Column("finished_at", _TIME, "When the variant was done.", nullable=False),
     _Column("software_version", pa.string(), "Of DiffColor Archive.", nullable=False),
+    _Column("generation", pa.int64(), "Number of the run on this output: later runs' rows count.", since=2),
+    _Column("output_bytes", pa.int64(), "Size of the colorized image file.", "B", since=2),
+    _Column("fit_uri", pa.string(), "Where the fit is kept; null if it is not.", since=2),
+    _Column("fit_bytes", pa.int64(), "Size of the kept fit.", "B", since=2),
+    _Column("fit_reused", pa.bool_(), "Whether the fit of an earlier run was used.", since=2),
+    _Column("adopted_from", pa.string(), "image_key under which the same work had been done before.", since=2),
+    _Column("fallback", pa.string(), "What was reduced because memory ran out; null if nothing.", since=2),
 )
 
 SCHEMA = pa.schema(
@@ -97,22 +108,20 @@ SCHEMA = pa.schema(
             c.name,
             c.type,
             c.nullable,
-            {"description": c.description, "since": "1"} | ({"unit": c.unit} if c.unit else {}),
+            {"description": c.description, "since": str(c.since)} | ({"unit": c.unit} if c.unit else {}),
         )
         for c in _COLUMNS
     ],
     metadata={"diffcolor.schema_version": str(SCHEMA_VERSION)},
 )
 
-_VIEWS = """
-create view attempts as
-    select * from read_parquet(getvariable('parts'), union_by_name = true);
-create view results as
-    select * from attempts
-    qualify row_number() over (
-        partition by image_key, variant order by finished_at desc, attempt desc, run_id desc
-    ) = 1;
-"""
+POINTER = f"{PREFIX}/compacted.json"
+_EARLIER = """select * from attempts qualify row_number() over (
+    partition by image_key, variant
+    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc) > 1"""
+_LATEST = """qualify row_number() over (
+    partition by image_key, variant
+    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc) = 1"""
 
 
 class ManifestError(ValueError):
@@ -142,26 +151,87 @@ def commit_part(output: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> 
         raise FileExistsError(f"manifest part {output.uri(key)} is there already: another run has written it")
 
 
-def connect(output: Store) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the views `results` and `attempts` over the output's manifest.
+@dataclass(frozen=True)
+class Parts:
+    """The keys of a manifest's parts.
+
+    loose: as runs committed them. latest, earlier: of the last compaction, the latest row of each
+    image and variant, and the others. replaced: loose parts that compaction has taken in, not deleted yet.
+    """
+
+    loose: tuple[str, ...]
+    latest: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    generation: int = 0
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every part that counts."""
+        return (*self.loose, *self.latest, *self.earlier)
+
+
+def list_parts(output: Store) -> Parts:
+    """The parts of a manifest. The pointer is read before the listing: what is committed between is seen."""
+    try:
+        pointer = json.loads(output.read(POINTER))
+    except FileNotFoundError:
+        pointer = {"generation": 0, "latest": [], "earlier": [], "replaced": []}
+    replaced = set(pointer["replaced"])
+    found = sorted(
+        key for key, _ in output.walk(PREFIX) if key.endswith(".parquet") and key.count("/") == PREFIX.count("/") + 1
+    )
+    return Parts(
+        loose=tuple(key for key in found if key not in replaced),
+        latest=tuple(pointer["latest"]),
+        earlier=tuple(pointer["earlier"]),
+        replaced=tuple(key for key in found if key in replaced),
+        generation=pointer["generation"],
+    )
+
+
+def connect(output: Store, parts: Parts | None = None) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with the views `results` and `attempts` over the output's manifest, as it is now.
 
     `attempts` has every row; `results` the latest of each image and variant. Raises ManifestError if
     there is no part yet.
     """
-    keys = [key for key, _ in output.list(PREFIX) if key.endswith(".parquet")]
-    if not keys:
+    parts = list_parts(output) if parts is None else parts
+    if not parts.all:
         raise ManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
     connection = duckdb.connect()
     connection.execute("set timezone = 'UTC'")
     if not output.is_local:
         connection.register_filesystem(output.fs)
-    connection.execute("set variable parts = ?", [[output.uri(key) for key in keys]])
-    connection.execute(_VIEWS)
+    connection.register("_schema", SCHEMA.empty_table())
+    connection.execute("create table no_rows as from _schema")  # columns that no part has yet
+    for name in ("loose", "latest", "earlier"):
+        keys = getattr(parts, name)
+        connection.execute(f"set variable {name} = ?", [[output.uri(key) for key in keys]])
+        files = f"union all by name from read_parquet(getvariable('{name}'), union_by_name = true)" if keys else ""
+        connection.execute(f"create view {name}_rows as from no_rows {files}")
+    connection.execute(
+        """create view attempts as
+        from loose_rows union all by name from latest_rows union all by name from earlier_rows"""
+    )
+    connection.execute(f"create view results as {_results_sql(parts)}")
     if output.is_local:  # a query reads the manifest and nothing else
         quoted = output.root.replace("'", "''")
         connection.execute(f"set allowed_directories = ['{quoted}']")
         connection.execute("set enable_external_access = false")
     return connection
+
+
+def _results_sql(parts: Parts) -> str:
+    """The latest rows. Of a compacted manifest only the keys that came since must be compared."""
+    if not parts.latest:
+        return f"select * from loose_rows {_LATEST}"
+    if not parts.loose:
+        return "select * from latest_rows"
+    return f"""select * from latest_rows anti join loose_rows using (image_key, variant)
+        union all by name select * from (
+            from loose_rows union all by name select * from latest_rows semi join loose_rows using (image_key, variant)
+        ) {_LATEST}"""
 
 
 def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
@@ -179,12 +249,47 @@ def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
         raise ManifestError(str(error)) from error
 
 
-def latest_rows(output: Store) -> list[dict[str, Any]]:
-    """What planning needs of the `results`: one dict per image and variant; empty where nothing is committed."""
-    try:
-        connection = connect(output)
-    except ManifestError:
-        return []
-    columns = ("image_key", "variant", "status", "attempt", "config_sha256", "input_version")
-    rows = connection.sql(f"select {', '.join(columns)} from results").fetchall()
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+@dataclass(frozen=True)
+class Compaction:
+    """What `compact` did: parts before, parts after, rows, and how many replaced parts of earlier ones it deleted."""
+
+    parts_before: int
+    parts_after: int
+    rows: int
+    deleted: int
+
+
+def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
+    """Write all rows anew into few parts sorted by image, then move the pointer: the same rows before and after.
+
+    The parts that are now replaced stay for readers that still read them; the next compaction
+    deletes them. Raises ManifestError if there is no manifest.
+    """
+    parts = list_parts(output)
+    connection = connect(output, parts)
+    generation = parts.generation + 1
+    folder = f"{PREFIX}/compacted-{generation:06d}-{secrets.token_hex(4)}"
+    written: dict[str, list[str]] = {}
+    rows = 0
+    for name, sql in (("latest", "from results"), ("earlier", _EARLIER)):
+        written[name] = []
+        reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
+        for number, batch in enumerate(reader):
+            sink = io.BytesIO()
+            table = pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
+            pq.write_table(table, sink, compression="zstd", row_group_size=25_000)
+            written[name].append(f"{folder}/{name}-{number:05d}.parquet")
+            output.write(written[name][-1], sink.getvalue())
+            rows += batch.num_rows
+    # What this compaction has not read counts on: only the parts listed above are replaced.
+    record = {"generation": generation, **written, "replaced": [*parts.loose, *parts.replaced]}
+    output.write(POINTER, json.dumps(record).encode())
+    for key in (*parts.replaced, *_older_folders(output, generation)):
+        output.delete(key)
+    return Compaction(len(parts.all), sum(map(len, written.values())), rows, len(parts.replaced))
+
+
+def _older_folders(output: Store, generation: int) -> list[str]:
+    """The files of compactions before the one that the newest replaced: nobody reads them any more."""
+    kept = tuple(f"{PREFIX}/compacted-{number:06d}-" for number in (generation - 1, generation))
+    return [k for k, _ in output.walk(PREFIX) if k.startswith(f"{PREFIX}/compacted-") and not k.startswith(kept)]

@@ -6,13 +6,20 @@ import posixpath
 import re
 import unicodedata
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+T = TypeVar("T")
+NUM_TRIES = 6
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
+_LASTING_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTSUP}
 
 
 class InvalidKeyError(ValueError):
@@ -69,20 +76,29 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """The bytes at `key`. Raises FileNotFoundError."""
-        return bytes(self.fs.cat_file(posixpath.join(self.root, check_key(key))))
+        path = self._path(key)
+        return self._patiently(lambda: bytes(self.fs.cat_file(path)))
+
+    def open(self, key: str) -> IO[bytes]:
+        """The file at `key` for reading as a stream. Raises FileNotFoundError."""
+        path = self._path(key)
+        return self._patiently(lambda: cast(IO[bytes], self.fs.open(path, "rb")))
 
     def write(self, key: str, data: bytes) -> None:
         """Put `data` at `key` as a whole: a reader sees the old bytes or the new ones, never a part."""
-        path = posixpath.join(self.root, check_key(key))
+        path = self._path(key)
         if not self.is_local:
-            self.fs.pipe_file(path, data)
+            self._patiently(lambda: self.fs.pipe_file(path, data))
             return
         temporary = self._write_temporary(path, data)
         os.replace(temporary, path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` at `key` only if nothing is there; whether it was put. One conditional PUT on object stores."""
-        path = posixpath.join(self.root, check_key(key))
+        """Put `data` at `key` only if nothing is there; whether it was put. One conditional PUT on object stores.
+
+        A PUT whose answer was lost and that is sent again finds its own bytes there: that counts as put.
+        """
+        path = self._path(key)
         if self.is_local:
             temporary = self._write_temporary(path, data)
             try:
@@ -92,41 +108,101 @@ class Store:
             finally:
                 os.unlink(temporary)
             return True
+        tries = 0
+
+        def put() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _is_precondition(error):
+                    return False
+                raise
+            return True
+
+        won = self._patiently(put)
+        return won or (tries > 1 and self.read(key) == data)
+
+    def delete(self, key: str) -> None:
+        """Remove the file at `key`, if it is there."""
+        path = self._path(key)
         try:
-            self.fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:  # s3fs turns the server's 412 into EINVAL
-            if (error.errno == errno.EINVAL and "412" in repr(error.__cause__)) or "PreconditionFailed" in repr(
-                error.__cause__
-            ):
-                return False
-            raise
-        return True
+            self._patiently(lambda: self.fs.rm_file(path))
+        except FileNotFoundError:
+            return
+        self.fs.invalidate_cache()
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file at `key` now."""
+        path = self._path(key)
+        self.fs.invalidate_cache()
+        return self._patiently(lambda: bool(self.fs.exists(path)))
+
+    def _path(self, key: str) -> str:
+        return posixpath.join(self.root, check_key(key))
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """`call()`, tried again with growing random pauses while the store has trouble that may pass."""
+        if self.is_local:
+            return call()
+        pause = wait_random_exponential(multiplier=0.5, max=20)
+        tries = Retrying(
+            retry=retry_if_exception(is_transient), stop=stop_after_attempt(NUM_TRIES), wait=pause, reraise=True
+        )
+        return tries(call)
 
     def _write_temporary(self, path: str, data: bytes) -> str:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "wb") as file:
+        with Path(temporary).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         return temporary
 
-    def list(self, prefix: str = "") -> list[tuple[str, str]]:
-        """(key, version token) of every file below `prefix`, sorted by key.
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        """(key, version token) of every file below `prefix`, a folder at a time, in no promised order.
 
         The token changes when the file's content does: an ETag where the store has one, else size
         and time of last change.
         """
         self.fs.invalidate_cache()
-        base = posixpath.join(self.root, prefix) if prefix else self.root
-        found = self.fs.find(base, detail=True)
-        return sorted((path[len(self.root) + 1 :], _version(info)) for path, info in found.items())
+        folders = [posixpath.join(self.root, prefix) if prefix else self.root]
+        while folders:
+            folder = folders.pop()
+            try:
+                infos = self._patiently(lambda folder=folder: self.fs.ls(folder, detail=True))  # type: ignore[misc]
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for info in infos:
+                path = str(info["name"]).rstrip("/")
+                if info["type"] == "directory":
+                    if path != folder:
+                        folders.append(path)
+                elif len(path) > len(self.root):
+                    yield path[len(self.root) + 1 :], _version(info)
+
+    def list(self, prefix: str = "") -> list[tuple[str, str]]:
+        """(key, version token) of every file below `prefix`, sorted by key."""
+        return sorted(self.walk(prefix))
 
     def exists(self) -> bool:
         """Whether the folder is there. (On an object store: whether anything is below it.)"""
         return bool(self.fs.exists(self.root))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a store's error may pass: anything but "not there", "not allowed", "full" and the like."""
+    if isinstance(error, _LASTING) or not isinstance(error, Exception):
+        return False
+    return not (isinstance(error, OSError) and error.errno in _LASTING_ERRNO)
+
+
+def _is_precondition(error: OSError) -> bool:
+    """Whether a conditional PUT lost: s3fs turns the server's 412 into EINVAL."""
+    cause = repr(error.__cause__)
+    return (error.errno == errno.EINVAL and "412" in cause) or "PreconditionFailed" in cause
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""A worker that dies, as a decoder that crashes would make it."""
+"""Workers that die or hang, as a decoder may."""
 
 import os
+import threading
 
 from tasks.colorize import ImageWorker, Row
 from tasks.planning import PlannedImage
@@ -12,4 +13,11 @@ class DeadlyWorker(ImageWorker):
             os._exit(7)
         if planned.work.image_key == "scan 2.png":
             raise RuntimeError("the store is away")
+        return super().colorize(planned)
+
+
+class HangingWorker(ImageWorker):
+    def colorize(self, planned: PlannedImage) -> list[Row]:
+        if planned.work.image_key == "broken.jpg":
+            threading.Event().wait()
         return super().colorize(planned)

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 from diffcolor_core import read_scan
 from flows.colorize_archive import colorize_archive
+from tasks.lease import OutputBusyError, hold_output
 from tasks.manifest import query
 from tasks.storage import Store
 
@@ -46,14 +48,15 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors)
         ("scan 1.png", "ok", None, "a yellow box on a blue table"),
         ("scan 2.png", "ok", None, None),
     ]
-    # one part per shard, one picture per variant, one primary per fit, one record of the run
+    # one part per shard, one picture per variant, one primary and one fit per image, the run's record and its end
     found = files(output)
     assert sum(f.startswith("manifest/") for f in found) == 2
-    assert sum(f.startswith("runs/") for f in found) == 1
+    assert {f for f in found if f.startswith("runs/")} == {"runs/000001.json", "runs/000001.end"}
     pictures = {f for f in found if f.startswith("images/")}
     assert sum("/target-" in f for f in pictures) == 3
     assert sum("/primary-" in f for f in pictures) == 3
-    assert len(found) == 2 + 1 + 6
+    assert sum(f.startswith("fits/") for f in found) == 2 * 3
+    assert len(found) == 2 + 2 + 6 + 6
 
     for key, uri, sha256, primary, p99 in ask(
         output,
@@ -84,7 +87,8 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors)
     with (small_archive / "catalog.csv").open("a") as file:
         file.write("scan 1.png,a box on a table,a white box on a red table,\n")
     assert colorize_archive(**arguments) == {"ok": 5, "quarantined": 1, "failed": 0, "done_before": 5}
-    assert len(files(output) - found) == 3  # part, run record, picture
+    assert len(files(output) - found) == 4  # part, the run's record and end, picture
+    assert ask(output, "select count(*) from attempts where fit_reused") == [(1,)]
 
 
 def test_changed_content_is_coloured_again(small_archive, tiny_folder, tmp_path):
@@ -95,6 +99,55 @@ def test_changed_content_is_coloured_again(small_archive, tiny_folder, tmp_path)
     assert ask(tmp_path / "out", "select count(distinct input_sha256) from attempts where image_key='scan 1.png'") == [
         (2,)
     ]
+
+
+def test_a_renamed_or_touched_image_is_not_coloured_again(small_archive, tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
+    colorize_archive(**arguments)
+    before = {f: (output / f).stat().st_mtime_ns for f in files(output)}
+    os.rename(small_archive / "scan 1.png", small_archive / "renamed.png")
+    os.utime(small_archive / "scan 0.png", ns=(1, 1))
+    catalog = small_archive / "catalog.csv"
+    catalog.write_text(catalog.read_text().replace("scan 1.png", "renamed.png"))
+    assert colorize_archive(**arguments) == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 2}
+    made = {f for f in files(output) if before.get(f) != (output / f).stat().st_mtime_ns}
+    assert {f.split("/")[0] for f in made} == {"manifest", "runs"}
+    rows = ask(
+        output,
+        """select image_key, adopted_from, generation, output_sha256 = (
+            select any_value(output_sha256) from attempts a where a.target_prompt = r.target_prompt and generation = 1)
+        from results r where adopted_from is not null order by all""",
+    )
+    assert rows == [
+        ("renamed.png", "scan 1.png", 2, True),
+        ("scan 0.png", "scan 0.png", 2, True),
+        ("scan 0.png", "scan 0.png", 2, True),
+    ]
+
+
+def test_of_two_runs_on_one_output_the_second_is_refused(small_archive, tiny_folder, tmp_path):
+    arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
+    with (
+        hold_output(Store(str(tmp_path / "out")), {"run_id": "the first"}),
+        pytest.raises(OutputBusyError, match="'the first'"),
+    ):
+        colorize_archive(**arguments)
+    assert not (tmp_path / "out" / "manifest").exists()
+
+
+def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder, tmp_path, monkeypatch):
+    from tasks import colorize
+    from tests.flows.deadly import HangingWorker
+
+    output = tmp_path / "out"
+    arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
+    monkeypatch.setattr(colorize, "ImageWorker", HangingWorker)
+    monkeypatch.setattr(colorize, "MAX_ATTEMPTS", 1)
+    summary = colorize_archive(**arguments, image_timeout_seconds=30, limit=2)
+    assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
+    ((message,),) = ask(output, "select error_message from results where error_class = 'DeadlyImageError'")
+    assert "1. no result within 30 s" in message
 
 
 def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, tiny_folder, tmp_path, monkeypatch):

@@ -6,9 +6,7 @@ import pytest
 
 from tasks.archive import (
     CatalogError,
-    MissingImageError,
-    MissingPromptError,
-    list_work,
+    is_image_key,
     read_catalog,
     variant_name,
 )
@@ -47,38 +45,19 @@ def write_catalog(archive: Store, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_each_kind_of_catalog_gives_the_same_work(archive, kind):
+def test_each_kind_of_catalog_gives_the_same_rows(archive, kind):
     rows = read_catalog(archive, write_catalog(archive, kind))
     assert [(r.number, r.image, r.context_prompt, r.target_prompt) for r in rows] == [
         (1, "a, b.png", "a ball", "a red ball"),
         (2, "a, b.png", "a ball", None),
         (3, "sub/ü.tif", "a box", "a blue box"),
     ]
-    work = list_work(archive, rows, "a thing")
-    assert [(w.image_key, w.context_prompt, [v.target_prompt for v in w.variants]) for w in work] == [
-        ("a, b.png", "a ball", ["a red ball", None]),
-        ("letter.doc", "a thing", [None]),
-        ("sub/ü.tif", "a box", ["a blue box"]),
-        ("unlisted.jpg", "a thing", [None]),
-    ]
-    assert all(w.problem is None and w.version for w in work)
 
 
-def test_what_cannot_be_done_is_work_with_a_reason(archive):
-    (path,) = [write_catalog(archive, "csv")]
-    rows = read_catalog(archive, path)
-    archive.fs.rm(f"{archive.root}/a, b.png")
-    problems = {w.image_key: w.problem for w in list_work(archive, rows, None)}
-    assert isinstance(problems["a, b.png"], MissingImageError)
-    assert "row 1" in str(problems["a, b.png"])
-    assert isinstance(problems["unlisted.jpg"], MissingPromptError)
-    assert problems["sub/ü.tif"] is None
-
-
-def test_without_a_catalog_the_prompt_serves_all(archive):
+def test_what_counts_as_an_image(archive):
+    keys = [key for key, _ in archive.list() if is_image_key(key)]
+    assert keys == ["a, b.png", "letter.doc", "sub/ü.tif", "unlisted.jpg"]
     assert read_catalog(archive, None) is None
-    work = list_work(archive, None, "a thing")
-    assert [w.image_key for w in work] == ["a, b.png", "letter.doc", "sub/ü.tif", "unlisted.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +66,8 @@ def test_without_a_catalog_the_prompt_serves_all(archive):
         ("image,prompt\na.png,x\n", "no column 'context_prompt'.*did you mean your 'prompt'"),
         ("file,context_prompt\na.png,x\n", "no column 'image'"),
         ("image,context_prompt\na.png,x\n,y\n", "row 2: no image"),
-        ("image,context_prompt\na.png,x\nb.png,x\na.png,x\n", "row 3 repeats row 1"),
+        (f"image,context_prompt\na.png,{'x' * 5000}\n", "row 1: context_prompt has 5000 characters, the limit is 4000"),
+        (f"image,context_prompt\na.png,{'x' * 10_000_000}\n", "field larger than field limit"),
         ('image,context_prompt\n"a.png,x\n', "unexpected end of data"),
         ("image,context_prompt\na\xff.png,x\n", "utf-8"),
     ],
@@ -97,7 +77,7 @@ def test_a_catalog_that_is_wrong_says_where(archive, text, message):
     with open(path, "w", encoding="latin-1") as file:
         file.write(text)
     with pytest.raises(CatalogError, match=message):
-        read_catalog(archive, path)
+        list(read_catalog(archive, path))
 
 
 def test_a_catalog_that_is_not_there_or_of_another_kind(archive):

@@ -1,9 +1,12 @@
+import io
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.manifest import SCHEMA, ManifestError, commit_part, connect, encode_part, latest_rows, query
+from tasks import manifest
+from tasks.manifest import SCHEMA, Compaction, ManifestError, commit_part, compact, connect, encode_part, query
 from tasks.storage import Store
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -41,7 +44,8 @@ def output(request, tmp_path):
 
 
 def test_the_schema_has_the_promised_columns_each_documented():
-    added = {"input_version", "pages_left_out", "access_uri", "alpha_scores", "nouns"}
+    added = {"input_version", "pages_left_out", "access_uri", "alpha_scores", "nouns", "generation", "output_bytes"}
+    added |= {"fit_uri", "fit_bytes", "fit_reused", "adopted_from", "fallback"}
     assert [name for name in SCHEMA.names if name not in added] == ISSUE_COLUMNS
     for field in SCHEMA:
         assert field.metadata[b"description"]
@@ -53,7 +57,7 @@ def test_a_part_keeps_types_and_documentation(tmp_path):
     (tmp_path / "p.parquet").write_bytes(encode_part([row(width_px=7)]))
     schema = pq.read_schema(tmp_path / "p.parquet")
     assert schema.equals(SCHEMA)
-    assert schema.metadata[b"diffcolor.schema_version"] == b"1"
+    assert schema.metadata[b"diffcolor.schema_version"] == b"2"
     assert schema.field("width_px").metadata[b"unit"] == b"px"
 
 
@@ -69,7 +73,6 @@ def test_results_has_the_latest_row_of_each_variant(output):
     found = query(output, "select image_key, variant, status, attempt from results order by all").fetchall()
     assert found == [("a.png", "v", "ok", 2), ("a.png", "w", "ok", 1), ("b.png", "v", "ok", 1)]
     assert query(output, "select count(*) from attempts").fetchall() == [(4,)]
-    assert {(r["image_key"], r["variant"]) for r in latest_rows(output)} == {f[:2] for f in found}
 
 
 def test_a_part_is_written_once(output):
@@ -111,6 +114,62 @@ def test_a_query_reads_nothing_outside_the_output(tmp_path):
 
 
 def test_an_output_without_manifest(output):
-    assert latest_rows(output) == []
     with pytest.raises(ManifestError, match="nothing has been committed"):
         connect(output)
+
+
+def everything(output):
+    return [query(output, f"select * exclude (nouns, alpha_scores) from {v} order by all").fetchall() for v in VIEWS]
+
+
+VIEWS = ("results", "attempts")
+
+
+def test_compaction_changes_no_row_and_deletes_only_what_an_earlier_one_replaced(output):
+    commit_part(output, "p1", [row(status="failed", generation=1), row(image="b.png", generation=1)])
+    commit_part(
+        output, "p2", [row(minutes=-60, attempt=2, generation=2)]
+    )  # the clock went back: the run's number counts
+    assert query(output, "select attempt from results where image_key = 'a.png'").fetchall() == [(2,)]
+    reader, before = connect(output), everything(output)
+
+    assert compact(output) == Compaction(parts_before=2, parts_after=2, rows=3, deleted=0)
+    assert everything(output) == before
+    assert reader.sql("select count(*) from attempts").fetchall() == [(3,)]  # who opened it before still reads
+
+    commit_part(output, "p3", [row(image="b.png", generation=3, attempt=5), row(image="c.png", generation=3)])
+    after = everything(output)
+    assert [len(rows) for rows in after] == [3, 5]
+    assert compact(output) == Compaction(parts_before=3, parts_after=2, rows=5, deleted=2)
+    assert everything(output) == after
+    assert compact(output).deleted == 1
+    assert everything(output) == after
+    assert {key.split("/")[1].split("-")[1] for key, _ in output.list("manifest") if "compacted-" in key} == {
+        "000002",
+        "000003",
+    }
+
+
+def test_a_part_that_comes_while_it_is_compacted_counts_once(output, monkeypatch):
+    commit_part(output, "p1", [row(generation=1)])
+    write = Store.write
+
+    def write_late(self, key, data):
+        if key == manifest.POINTER:
+            commit_part(output, "p2", [row(image="late.png", generation=1)])
+        write(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", write_late)
+        compact(output)
+    assert query(output, "select image_key from attempts order by all").fetchall() == [("a.png",), ("late.png",)]
+
+
+def test_parts_of_an_older_schema_are_read_beside_new_ones(output):
+    old = pa.Table.from_pylist([row()], schema=pa.schema([f for f in SCHEMA if f.metadata[b"since"] == b"1"]))
+    sink = io.BytesIO()
+    pq.write_table(old, sink)
+    output.write("manifest/old.parquet", sink.getvalue())
+    assert query(output, "select image_key, generation, fit_uri from results").fetchall() == [("a.png", None, None)]
+    commit_part(output, "new", [row(attempt=2, generation=1, minutes=-5)])
+    assert query(output, "select attempt from results").fetchall() == [(2,)]
