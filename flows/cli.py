@@ -34,6 +34,10 @@ PresetOption = Annotated[
     str, typer.Option(help="`demo`: seconds on a CPU, for the demo model. `paper`: 1500/500/1000 steps, a GPU's work.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of every random draw: same seed, same bytes.")]
+NumActorsOption = Annotated[int, typer.Option(min=1, help="Ray actors: images worked on at a time.")]
+GpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each; 0 runs on the CPU.")]
+RayOption = Annotated[str | None, typer.Option(help="An existing Ray cluster. Default: a local Ray for this run.")]
+RunIdOption = Annotated[str | None, typer.Option(help="Name of the run in the manifest. Default: its start time.")]
 OutputArgument = Annotated[str, typer.Argument(help="The folder (or fsspec URL) that `diffcolor run` wrote to.")]
 
 
@@ -130,11 +134,9 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="Context prompt of images for which the catalog has none.")] = None,
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
-    num_actors: Annotated[int, typer.Option(min=1, help="Ray actors: images worked on at a time.")] = 1,
-    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs for each; 0 runs on the CPU.")] = 0.0,
-    ray_address: Annotated[
-        str | None, typer.Option(help="An existing Ray cluster. Default: a local Ray for this run.")
-    ] = None,
+    num_actors: NumActorsOption = 1,
+    gpus_per_actor: GpusOption = 0.0,
+    ray_address: RayOption = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per Prefect task.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
     seed: SeedOption = 0,
@@ -144,19 +146,28 @@ def run(
     access_copy: Annotated[
         Literal["jpeg", "webp"] | None, typer.Option(help="Write a small lossy copy beside each picture.")
     ] = None,
-    run_id: Annotated[
-        str | None, typer.Option(help="Name of the run in the manifest. Default: its start time.")
+    run_id: RunIdOption = None,
+    keep_fits: Annotated[
+        bool, typer.Option(help="Keep each fit beside the images: later prompts then need no fitting.")
+    ] = True,
+    retry: Annotated[
+        Literal["failed", "quarantined"],
+        typer.Option(help="What to try again besides what is not done: `failed`, or `quarantined` as well."),
+    ] = "failed",
+    commit_every: Annotated[int, typer.Option(min=1, help="Images per manifest part: what a crash may lose.")] = 8,
+    image_timeout: Annotated[
+        float | None, typer.Option(min=1, help="Seconds after which an image's actor is killed. Default: never.")
     ] = None,
 ) -> None:
     """Colorize an archive: the Prefect flow `colorize-archive` in this process, on local Ray by default.
 
-    Running the same command again does only what is not done. Without PREFECT_API_URL, Prefect
-    starts an embedded server for the time of the run.
+    Running the same command again does only what is not done. Ctrl-C commits what is finished and
+    stops; a second one stops at once. Without PREFECT_API_URL, Prefect starts an embedded server for
+    the time of the run.
 
     Example: `diffcolor run examples/archive out/demo`
     """
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")  # the progress bar tells the rest
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    _quiet_prefect()
     from diffcolor_core import preset as settings_preset
     from diffcolor_core.models import identify
     from flows.colorize_archive import colorize_archive
@@ -168,27 +179,82 @@ def run(
         identify(model)
         if not Store(archive).exists():
             raise FileNotFoundError(f"there is no archive at {archive!r}")
-        read_catalog(Store(archive), catalog)
+        for _ in read_catalog(Store(archive), catalog) or ():
+            pass
     except (ValueError, OSError) as error:
         raise _fail(error, 2) from error
+    _run_flow(
+        colorize_archive,
+        archive=archive,
+        output=output,
+        catalog=catalog,
+        prompt=prompt,
+        model=model,
+        preset=preset,
+        num_actors=num_actors,
+        gpus_per_actor=gpus_per_actor,
+        ray_address=ray_address,
+        shard_size=shard_size,
+        limit=limit,
+        seed=seed,
+        image_format=image_format,
+        access_copy=access_copy,
+        run_id=run_id,
+        keep_fits=keep_fits,
+        retry=retry,
+        commit_every=commit_every,
+        image_timeout_seconds=image_timeout,
+    )
+
+
+@app.command()
+def recolor(
+    output: OutputArgument,
+    catalog: Annotated[
+        str, typer.Option(help="CSV, JSONL or Parquet: image, target_prompt; context_prompt where it is another.")
+    ],
+    num_actors: NumActorsOption = 1,
+    gpus_per_actor: GpusOption = 0.0,
+    ray_address: RayOption = None,
+    run_id: RunIdOption = None,
+) -> None:
+    """Give images of an output new colours from their kept fits: the Prefect flow `recolor-archive`.
+
+    Adds variants to the manifest. Archive, model, preset and seed are those of the last run. An image
+    without a fit is fitted first.
+
+    Example: `diffcolor recolor out/demo --catalog new_targets.csv`
+    """
+    _quiet_prefect()
+    from flows.recolor_archive import recolor_archive
+    from tasks.archive import RECOLOR_COLUMNS, read_catalog
+    from tasks.storage import Store
+
     try:
-        summary = colorize_archive(
-            archive=archive,
-            output=output,
-            catalog=catalog,
-            prompt=prompt,
-            model=model,
-            preset=preset,
-            num_actors=num_actors,
-            gpus_per_actor=gpus_per_actor,
-            ray_address=ray_address,
-            shard_size=shard_size,
-            limit=limit,
-            seed=seed,
-            image_format=image_format,
-            access_copy=access_copy,
-            run_id=run_id,
-        )
+        for _ in read_catalog(Store(output), catalog, RECOLOR_COLUMNS) or ():
+            pass
+    except (ValueError, OSError) as error:
+        raise _fail(error, 2) from error
+    how = {"num_actors": num_actors, "gpus_per_actor": gpus_per_actor, "ray_address": ray_address, "run_id": run_id}
+    _run_flow(recolor_archive, output=output, catalog=catalog, **how)
+
+
+def _quiet_prefect() -> None:
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")  # the progress bar tells the rest
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+
+def _run_flow(flow: Any, *, output: str, **parameters: Any) -> None:
+    """Run a flow in this process, print its summary, end with its exit code."""
+    from flows.stopping import stoppable
+    from tasks.archive import CatalogError
+    from tasks.manifest import ManifestError
+
+    try:
+        with stoppable():
+            summary = flow(output=output, **parameters)
+    except (CatalogError, ManifestError) as error:
+        raise _fail(error, 2) from error
     except Exception as error:  # the flow has logged its own trace
         raise _fail(error, 1) from error
     console.print(
@@ -263,6 +329,9 @@ def status(output: OutputArgument) -> None:
         """select error_class as error, count(*) as variants, any_value(image_key) as for_example,
                any_value(error_message) as message
            from results where status <> 'ok' group by all order by variants desc limit 20""",
+        """select count(*) as fits_kept, sum(bytes) / 1e6 as megabytes
+           from (select max(fit_bytes) as bytes from attempts where fit_uri is not null group by fit_uri)
+           having count(*) > 0""",
     )
     try:
         for sql in questions:
@@ -272,6 +341,77 @@ def status(output: OutputArgument) -> None:
                 _print_table(relation.columns, rows)
     except ManifestError as error:
         raise _fail(error, 2) from error
+
+
+@app.command()
+def verify(
+    output: OutputArgument,
+    repair: Annotated[bool, typer.Option(help="Queue again what is missing or changed, for the next `run`.")] = False,
+    read_files: Annotated[bool, typer.Option(help="Compare every image's hash, not only its existence.")] = True,
+) -> None:
+    """Does OUTPUT hold what its manifest says? Every row's file with its hash, every file with its row.
+
+    Exit code 3 if anything is not as it must be. Extra files are named, never deleted.
+
+    Example: `diffcolor verify out/demo --repair && diffcolor run examples/archive out/demo`
+    """
+    from tasks.lease import OutputBusyError
+    from tasks.manifest import ManifestError
+    from tasks.storage import Store
+    from tasks.verify import repair as mend, verify as check
+
+    try:
+        findings = list(check(Store(output), read_files=read_files))
+        if findings:
+            _print_table(["finding", "file", "what"], [(f.kind, f.key, f.detail) for f in findings])
+        queued = mend(Store(output), findings) if repair and findings else 0
+    except (ManifestError, OutputBusyError) as error:
+        raise _fail(error, 2) from error
+    console.print(f"{len(findings)} findings, {queued} variants queued again" if findings else "all is as it must be")
+    if findings and not repair:
+        raise typer.Exit(3)
+
+
+@app.command()
+def compact(output: OutputArgument) -> None:
+    """Write OUTPUT's manifest anew into few parts, for faster queries; the rows stay the same.
+
+    Runs and readers may go on meanwhile. The replaced parts are deleted by the next compaction.
+
+    Example: `diffcolor compact s3://museum/colorized`
+    """
+    from tasks.manifest import ManifestError, compact as shrink
+    from tasks.storage import Store
+
+    try:
+        done = shrink(Store(output))
+    except ManifestError as error:
+        raise _fail(error, 2) from error
+    console.print(
+        f"{done.rows} rows: {done.parts_before} parts are now {done.parts_after}; {done.deleted} replaced ones deleted"
+    )
+
+
+@app.command()
+def expire_fits(
+    output: OutputArgument,
+    older_than_days: Annotated[float, typer.Option(min=0, help="Since a variant was last made from the fit.")],
+) -> None:
+    """Delete kept fits that have not been used for so long; `status` tells their size.
+
+    Images and rows stay. A new prompt for such an image fits again.
+
+    Example: `diffcolor expire-fits out/demo --older-than-days 90`
+    """
+    from tasks.manifest import ManifestError
+    from tasks.storage import Store
+    from tasks.verify import expire_fits as expire
+
+    try:
+        done = expire(Store(output), older_than_days)
+    except ManifestError as error:
+        raise _fail(error, 2) from error
+    console.print(f"{done.num_fits} fits deleted, {done.num_bytes / 1e6:.1f} MB")
 
 
 @app.command()

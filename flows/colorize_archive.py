@@ -14,7 +14,7 @@ from pydantic import Field
 
 from diffcolor_core.config import preset as settings_preset
 from diffcolor_core.models import identify
-from tasks.archive import read_catalog
+from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
 from tasks.colorize import ActorPool, colorize_on, ray_actors
 from tasks.lease import Lease, hold_output
 from tasks.manifest import commit_part
@@ -126,6 +126,7 @@ def colorize_archive(
         model=model,
         model_id=model_id,
         model_revision=model_revision,
+        preset=preset,
         settings=settings_preset(preset),
         seed=seed,
         device="cuda" if gpus_per_actor > 0 else "cpu",
@@ -136,9 +137,10 @@ def colorize_archive(
     source, target = Store(archive), Store(output)
     if not source.exists():
         raise FileNotFoundError(f"there is no archive at {archive!r}")
-    rows = read_catalog(source, catalog)
+    rows = read_catalog(source, catalog, required=COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS)
     with hold_output(target, config.record()) as lease:
         config = replace(config, generation=lease.generation)
+        target.sweep()
         # 2. list the archive, join the catalog, leave out what is done
         with open_plan(
             *(source, target, config, rows),

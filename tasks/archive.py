@@ -15,6 +15,8 @@ from tasks.storage import Store
 
 DEFAULT_CATALOG = "catalog.csv"
 COLUMNS = ("image", "context_prompt", "target_prompt")
+RECOLOR_COLUMNS = ("image", "target_prompt")
+"""What a catalog of new colours needs: the context prompt is the one that the image has had."""
 SIDECAR_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".md", ".xml", ".yaml", ".yml")
 """Tables and texts that lie beside images; every other file of an archive is taken for an image."""
 MAX_PROMPT_CHARACTERS = 4000
@@ -71,35 +73,38 @@ def variant_name(context_prompt: str | None, target_prompt: str | None) -> str:
 # ------------------------------------------------------------------ the catalog
 
 
-def read_catalog(archive: Store, catalog: str | None) -> Iterator[CatalogRow] | None:
+def read_catalog(
+    archive: Store, catalog: str | None, required: tuple[str, ...] = COLUMNS[:2]
+) -> Iterator[CatalogRow] | None:
     """The rows of a catalog (CSV, JSONL or Parquet), by any fsspec URL; by default the archive's catalog.csv.
 
-    None if no catalog is given and the archive has none. Raises CatalogError with what is wrong; the
-    rows are read one by one, so an error in a row comes when its turn is.
+    None if no catalog is given and the archive has none. required: columns that a CSV must have. Raises
+    CatalogError with what is wrong; the rows are read one by one, so an error in a row comes when its
+    turn is.
     """
     if catalog is None:
         if not archive.has(DEFAULT_CATALOG):
             return None
-        return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG))
+        return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG), required)
     if not catalog.endswith((".csv", ".jsonl", ".parquet")):
         raise CatalogError(f"catalog {catalog!r}: a catalog is .csv, .jsonl or .parquet")
     folder, _, name = catalog.rpartition("/")
     store = Store(folder or ("/" if catalog.startswith("/") else "."))
     if not store.has(name):
         raise CatalogError(f"there is no catalog at {catalog!r}")
-    return _rows(store, name, catalog)
+    return _rows(store, name, catalog, required)
 
 
-def _rows(store: Store, key: str, name: str) -> Iterator[CatalogRow]:
+def _rows(store: Store, key: str, name: str, required: tuple[str, ...]) -> Iterator[CatalogRow]:
     try:
         with store.open(key) as file:
-            for number, record in enumerate(_records(file, name), 1):
+            for number, record in enumerate(_records(file, name, required), 1):
                 yield _row(number, record)
     except (UnicodeDecodeError, ValueError, csv.Error) as error:
         raise CatalogError(f"catalog {name!r}: {error}") from error
 
 
-def _records(file: IO[bytes], name: str) -> Iterator[dict[str, object]]:
+def _records(file: IO[bytes], name: str, required: tuple[str, ...]) -> Iterator[dict[str, object]]:
     if name.endswith(".parquet"):
         for batch in pq.ParquetFile(file).iter_batches(10_000):
             yield from batch.to_pylist()
@@ -112,11 +117,11 @@ def _records(file: IO[bytes], name: str) -> Iterator[dict[str, object]]:
                 yield record
     else:
         reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-        for required in COLUMNS[:2]:
-            if required not in (reader.fieldnames or ()):
-                near = difflib.get_close_matches(required, reader.fieldnames or (), 1)
+        for column in required:
+            if column not in (reader.fieldnames or ()):
+                near = difflib.get_close_matches(column, reader.fieldnames or (), 1)
                 hint = f" (did you mean your {near[0]!r}?)" if near else ""
-                raise ValueError(f"there is no column {required!r}{hint}; it has {', '.join(reader.fieldnames or ())}")
+                raise ValueError(f"there is no column {column!r}{hint}; it has {', '.join(reader.fieldnames or ())}")
         try:
             yield from reader
         except csv.Error as error:

@@ -112,9 +112,12 @@ def last_generation(output: Store) -> int:
 
 
 def last_record(output: Store) -> dict[str, Any] | None:
-    """What the last run was asked to do; None if there was none."""
-    last = last_generation(output)
-    return dict(json.loads(output.read(_key(last, "json")))) if last else None
+    """What the last run over an archive was asked to do; None if there was none."""
+    for generation in range(last_generation(output), 0, -1):
+        record = json.loads(output.read(_key(generation, "json")))
+        if "archive" in record:
+            return dict(record)
+    return None
 
 
 def _key(generation: int, suffix: str) -> str:

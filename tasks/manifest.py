@@ -3,8 +3,8 @@
 import io
 import json
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import duckdb
@@ -170,6 +170,13 @@ class Parts:
         """Every part that counts."""
         return (*self.loose, *self.latest, *self.earlier)
 
+    def without(self, keys: Container[str]) -> "Parts":
+        """These parts but for some."""
+        loose, latest, earlier = (
+            tuple(k for k in kind if k not in keys) for kind in (self.loose, self.latest, self.earlier)
+        )
+        return replace(self, loose=loose, latest=latest, earlier=earlier)
+
 
 def list_parts(output: Store) -> Parts:
     """The parts of a manifest. The pointer is read before the listing: what is committed between is seen."""
@@ -287,6 +294,16 @@ def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
     for key in (*parts.replaced, *_older_folders(output, generation)):
         output.delete(key)
     return Compaction(len(parts.all), sum(map(len, written.values())), rows, len(parts.replaced))
+
+
+def set_aside(output: Store, key: str, folder: str) -> None:
+    """Move a part that cannot be read out of the manifest, to `folder`."""
+    output.write(f"{folder}/{key}", output.read(key))
+    parts = list_parts(output).without({key})
+    if parts.generation:
+        record = {"latest": parts.latest, "earlier": parts.earlier, "replaced": parts.replaced}
+        output.write(POINTER, json.dumps({"generation": parts.generation, **record}).encode())
+    output.delete(key)
 
 
 def _older_folders(output: Store, generation: int) -> list[str]:

@@ -43,6 +43,8 @@ class RunConfig:
     """As for `DiffColor.from_pretrained`."""
     model_id: str
     model_revision: str
+    preset: str
+    """Name of the settings."""
     settings: Settings
     seed: int
     device: str
@@ -150,9 +152,10 @@ def open_plan(
     """Images x prompts, less what the manifest has for the same content and configuration.
 
     Every file of the archive that is not hidden or a sidecar counts as an image: what turns out to
-    be none is quarantined, not passed over; `whole_archive` off, only those that the catalog names.
-    `prompt` is the context prompt of images for which the catalog has none. What is ok is done, what is
-    quarantined too unless `retry_quarantined`; what failed is tried again, its attempt counted on.
+    be none is quarantined, not passed over; `whole_archive` off, only those that the catalog names, and
+    a row without a context prompt has that of the image's last row in the manifest. `prompt` is the
+    context prompt of images for which the catalog has none. What is ok is done, what is quarantined
+    too unless `retry_quarantined`; what failed is tried again, its attempt counted on.
 
     Everything streams through a database in a temporary folder: memory does not grow with the archive.
     Raises CatalogError.
@@ -180,8 +183,11 @@ def open_plan(
 
 _WORK = """
 create table work as
-    with asked as (
-        select image, coalesce(context, $prompt) as context, target, min(number) as number from catalog group by all
+    with inherited as (
+        select image_key, arg_max(context_prompt, generation) as last_context from known group by image_key
+    ), asked as (
+        select image, coalesce(context, last_context, $prompt) as context, target, min(number) as number
+        from catalog left join inherited on not $whole and inherited.image_key = image group by all
         union all
         select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
     ), same_version as (
@@ -226,10 +232,11 @@ def _what_is_left(
 
 def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     """What planning needs of the manifest's `results`."""
-    columns = "image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version"
+    columns = """image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
+        coalesce(generation, 0) as generation"""
     database.execute(
         """create table known (image_key varchar, context_prompt varchar, target_prompt varchar, status varchar,
-        attempt integer, config_sha256 varchar, input_version varchar)"""
+        attempt integer, config_sha256 varchar, input_version varchar, generation bigint)"""
     )
     try:
         manifest = connect(output)

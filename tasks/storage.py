@@ -1,9 +1,11 @@
 """A folder on any filesystem that fsspec knows: local, S3, GCS, ..."""
 
 import errno
+import glob
 import os
 import posixpath
 import re
+import socket
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,11 +15,14 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
+import psutil
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 T = TypeVar("T")
 NUM_TRIES = 6
+TEMPORARY = ".tmp"
+"""Folder of a local store for files that are not whole yet."""
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
 _LASTING_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTSUP}
 
@@ -153,13 +158,34 @@ class Store:
         return tries(call)
 
     def _write_temporary(self, path: str, data: bytes) -> str:
+        """`data` in a file of its own on the same disk, named after this process: see `sweep`."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with Path(temporary).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return temporary
+        folder = Path(self.root, TEMPORARY)
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        return str(temporary)
+
+    def sweep(self) -> int:
+        """Delete the temporary files that dead processes of this machine have left; how many there were."""
+        if not self.is_local:
+            return 0
+        host = socket.gethostname()
+        stale = [
+            path
+            for path in Path(self.root, TEMPORARY).glob(f"{glob.escape(host)}~*~*")
+            if not psutil.pid_exists(int(path.name.split("~")[1]))
+        ]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale)
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, str]]:
         """(key, version token) of every file below `prefix`, a folder at a time, in no promised order.
@@ -171,6 +197,8 @@ class Store:
         folders = [posixpath.join(self.root, prefix) if prefix else self.root]
         while folders:
             folder = folders.pop()
+            if folder == posixpath.join(self.root, TEMPORARY):
+                continue
             try:
                 infos = self._patiently(lambda folder=folder: self.fs.ls(folder, detail=True))  # type: ignore[misc]
             except (FileNotFoundError, NotADirectoryError):

@@ -18,6 +18,7 @@ CONFIG = RunConfig(
     model="demo",
     model_id="demo",
     model_revision="sha256:1",
+    preset="demo",
     settings=preset("demo"),
     seed=0,
     device="cpu",
@@ -151,6 +152,12 @@ def test_a_changed_configuration_is_new_work(archive, output, changed):
 def test_another_run_is_not_new_work(archive, output):
     commit(archive, output)
     assert planned(archive, output, config=replace(CONFIG, run_id="r2", output="elsewhere"))[0] == []
+
+
+def test_of_named_images_the_context_is_the_one_they_had(archive, output):
+    commit(archive, output)
+    catalog = [CatalogRow(1, "0.png", None, "green"), CatalogRow(2, "0.png", None, "red")]
+    assert planned(archive, output, catalog, whole_archive=False) == ([("0.png", ["green"], (1,))], {"ok": 1})
 
 
 def earlier_of(archive, output, catalog=RED_AND_BLUE):

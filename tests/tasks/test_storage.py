@@ -45,7 +45,7 @@ def test_create_has_one_winner_among_threads(tmp_path):
         thread.join()
     assert len(won) == 1
     assert store.read("part") == b"%d" % won[0]
-    assert os.listdir(tmp_path) == ["part"]  # no temporary file is left
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".tmp", "part"]  # no temporary file is left
 
 
 def test_the_version_changes_with_the_content(tmp_path):

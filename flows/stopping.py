@@ -1,0 +1,40 @@
+"""How a run in this process is stopped from outside."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+GRACE_SECONDS = 90.0
+"""For committing what is finished and telling Prefect, whose server may be gone already."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run in order, a second one at once; what is committed is kept either way.
+
+    The first raises KeyboardInterrupt in the main thread: the actors are killed and the finished
+    images committed on the way out. After `GRACE_SECONDS` the process ends in any case. The exit code
+    is 128 and the signal's number.
+    """
+    stopping = threading.Event()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+        print("diffcolor: stopping, what is finished is being committed; once more ends it at once", file=sys.stderr)
+        timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

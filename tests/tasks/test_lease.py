@@ -1,0 +1,118 @@
+import json
+import socket
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+
+from tasks import lease
+from tasks.lease import LeaseLostError, OutputBusyError, hold_output, last_generation, last_record
+from tasks.storage import Store
+
+RECORD = {"run_id": "one", "archive": "in"}
+
+
+@pytest.fixture
+def output(tmp_path):
+    return Store(str(tmp_path / "out"))
+
+
+def keys(output):
+    return [key for key, _ in output.list("runs")]
+
+
+def test_each_run_gets_the_next_number_and_leaves_an_end(output):
+    for number in (1, 2):
+        with hold_output(output, RECORD) as held:
+            assert held.generation == number
+            held.check()
+            held.end({"status": "finished"})
+    assert keys(output) == ["runs/000001.end", "runs/000001.json", "runs/000002.end", "runs/000002.json"]
+    assert last_generation(output) == 2
+    assert last_record(output)["archive"] == "in"
+
+
+def test_a_run_that_did_nothing_leaves_no_trace(output):
+    with hold_output(output, RECORD) as held:
+        held.end(None)
+    assert keys(output) == []
+    assert last_record(output) is None
+
+
+def test_a_run_that_fails_says_so(output):
+    with pytest.raises(ZeroDivisionError), hold_output(output, RECORD):
+        _ = 1 / 0
+    assert json.loads(output.read("runs/000001.end"))["status"] == "stopped"
+
+
+def test_two_at_once_have_one_winner(output):
+    won, lost, start = [], [], threading.Barrier(8)
+
+    def race():
+        start.wait()
+        try:
+            with hold_output(output, RECORD) as held:
+                won.append(held.generation)
+                finished.wait(30)
+                held.end({"status": "finished"})
+        except OutputBusyError as error:
+            lost.append(error)
+            if len(lost) == 7:
+                finished.set()
+
+    finished = threading.Event()
+    threads = [threading.Thread(target=race) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [1]
+    assert len(lost) == 7
+
+
+def abandoned(output, **values):
+    """The record of a run that was killed in a process of this machine that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    record = RECORD | {"host": socket.gethostname(), "pid": process.pid, "process_started": 1.0} | values
+    output.write("runs/000001.json", json.dumps(record).encode())
+    output.write("runs/000001.beat", b"7")
+
+
+def test_a_killed_run_of_this_machine_is_taken_over_at_once(output):
+    abandoned(output)
+    with hold_output(output, RECORD) as held:
+        assert held.generation == 2
+        held.end({"status": "finished"})
+
+
+def test_a_process_that_only_has_the_same_number_is_not_the_run(output):
+    abandoned(output, pid=psutil.Process().pid)
+    with hold_output(output, RECORD) as held:
+        held.end(None)
+
+
+def test_a_run_of_another_machine_is_watched(output, monkeypatch):
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(lease, "BEAT_EVERY_SECONDS", 0.05)
+    abandoned(output, host="elsewhere")
+    with hold_output(output, RECORD) as held:  # its beat stands still
+        assert held.generation == 2
+        record = json.loads(output.read("runs/000002.json")) | {"host": "elsewhere"}
+        output.write("runs/000002.json", json.dumps(record).encode())
+        with pytest.raises(OutputBusyError, match="run 'one'"), hold_output(output, RECORD):  # this one's does not
+            pass
+
+
+def test_who_has_been_taken_over_stops_writing(output):
+    def work():
+        with hold_output(output, RECORD) as held:
+            held.check()
+            output.write("runs/000002.json", b"{}")
+            held.check()
+
+    with pytest.raises(LeaseLostError, match="taken over"):
+        work()
+    assert json.loads(output.read("runs/000001.end"))["status"] == "taken over"
