@@ -1,6 +1,6 @@
 """The whole study: every task, baselines and ablations, to benchmarks/results/quality.json, a table and a picture.
 
-python benchmarks/quality.py --num 20 --seed 11        (hours on 2 CPU cores; it resumes)
+python benchmarks/quality.py --num 16 --seed 11        (about an hour and a half on 2 CPU cores; it resumes)
 
 Each (task, method) is kept in OUT as soon as it is finished, and not run again for the same seed,
 number of scenes and settings.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib
+import torch
 import typer
 
 from diffcolor_core import preset
@@ -26,36 +27,37 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib import image as mpimg
 
-RIVALS = ["full", "img2img", "img2img-projected", "imagic", "text-to-image", "stage1"]
-PLAN = {
+RIVALS = {
+    "full-prompt": ["full", "img2img", "img2img-projected", "imagic", "text-to-image", "stage1"],
+    "edit": ["full", "img2img", "img2img-projected", "imagic", "no-keep"],
+    "automatic": ["full", "img2img", "img2img-projected", "text-to-image"],
+}
+ABLATIONS = {
     "full-prompt": [
-        *RIVALS,
-        "with-stage1",
-        "untrained-stage1",
+        "no-regional",
+        "negative-empty",
         "no-stage1",
+        "untrained-stage1",
         "no-projection",
         "no-alignment",
         "vae-alignment",
         "no-identifiers",
         "adapters",
+        "half-steps",
+        "double-steps",
         "alpha-0.8",
-        "alpha-1.0",
         "alpha-1.2",
         "alpha-auto",
         "alpha-auto-weighted",
     ],
-    "edit": ["full", "img2img", "img2img-projected", "imagic", "no-keep"],
+    "edit": ["adapters"],
     "automatic": [
-        "full",
-        "img2img",
-        "img2img-projected",
-        "text-to-image",
-        "with-stage1",
         "untrained-stage1",
         "no-contrastive",
         "no-anti-color",
         "noise-target",
         "all-timesteps",
+        "double-steps",
     ],
 }
 FIGURES = (
@@ -65,6 +67,8 @@ FIGURES = (
     "edit_success",
     "leakage",
     "leakage_band",
+    "leakage_anew",
+    "colorfulness",
     "colorfulness_distance",
     "clip_similarity",
     "anti_color_look",
@@ -76,9 +80,10 @@ FIGURES = (
 
 
 def main(
-    num: Annotated[int, typer.Option(help="Scenes.")] = 20,
+    num: Annotated[int, typer.Option(help="Scenes for the method and its rivals; the ablations get half.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of scenes and prompts.")] = 11,
     preset_name: Annotated[str, typer.Option("--preset", help="Settings that the methods derive from.")] = "demo",
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; repeat it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and finished parts.")] = Path("out/quality"),
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/quality.json"),
     figure: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("docs/quality.png"),
@@ -86,32 +91,37 @@ def main(
     """Run what is not there yet, then write figures, table and picture."""
     settings = preset(preset_name)
     checkpoint, judge = load_checkpoint("demo"), load_checkpoint("demo", clip=str(DEMO_JUDGE))
-    name = f"{checkpoint.model_revision[7:15]}-{settings.sha256()[:8]}-{num}-{seed}"
-    tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for task, methods in PLAN.items():
-        tables[task] = {}
-        for method in methods:
-            part = out / name / f"{task}-{method}.json"
-            if not part.exists():
-                start = time.perf_counter()
-                common = {"task": task, "num": num, "seed": seed, "folder": out / name, "judge": judge}
-                scores = run_study(checkpoint, settings, methods=[method], **common)
-                part.write_text(json.dumps(summarise(scores)[method]))
-                print(f"{task} {method}: {time.perf_counter() - start:.0f} s", flush=True)
-            tables[task][method] = json.loads(part.read_text())
+    folder = out / f"{checkpoint.model_revision[7:15]}-{settings.sha256()[:8]}-{num}-{seed}"
+    plan = [(t, m, num) for t, methods in RIVALS.items() for m in methods]
+    plan += [(t, m, max(2, num // 2)) for t, methods in ABLATIONS.items() for m in methods]
+    for name, method, scenes in plan:
+        part = folder / f"{name}-{method}.json"
+        if part.exists() or name not in (task or RIVALS):
+            continue
+        start = time.perf_counter()
+        common = {"task": name, "num": scenes, "seed": seed, "folder": folder, "judge": judge}
+        scores = run_study(checkpoint, settings, methods=[method], **common)
+        part.write_text(json.dumps(summarise(scores)[method]))
+        print(f"{name} {method}: {time.perf_counter() - start:.0f} s", flush=True)
+    tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {name: {} for name in RIVALS}
+    for name, method, _ in plan:
+        part = folder / f"{name}-{method}.json"
+        if part.exists():  # with --task, what other calls have finished
+            tables[name][method] = json.loads(part.read_text())
     about = {
-        "scenes": num,
         "seed": seed,
         "preset": preset_name,
+        "settings": settings.model_dump(mode="json"),
         "model": f"demo {checkpoint.model_revision}",
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, no GPU",
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, no GPU; {torch.get_num_threads()} threads",
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {package: version_of(package) for package in ("torch", "diffusers", "transformers", "peft")},
     }
     results.write_text(json.dumps({"about": about, **tables}, indent=1) + "\n")
-    for task, table in tables.items():
-        print(f"\n{task}\n{markdown(table)}")
-    draw(out / name, figure, [m for m in PLAN["full-prompt"] if m in RIVALS], rows=min(num, 5))
+    for name, table in tables.items():
+        print(f"\n{name}\n{markdown(table)}")
+    if set(RIVALS["full-prompt"]) <= tables["full-prompt"].keys():
+        draw(folder, figure, RIVALS["full-prompt"], rows=min(num, 5))
 
 
 def markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:

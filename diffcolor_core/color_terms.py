@@ -101,8 +101,8 @@ def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
     return result
 
 
-def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str) -> str:
-    """The prompt with no colour word but `color` left in its noun phrases: nothing to confuse it with."""
+def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str | None) -> str:
+    """The prompt with no colour word but `color` left in its noun phrases; None leaves none."""
     text = prompt
     for item in reversed(phrases):
         if item.color not in (None, color):

@@ -7,10 +7,11 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.adapters import fitted_state
+from diffcolor_core.adapters import fitted_state, fitted_unet
 from diffcolor_core.alignment import align_chroma
 from diffcolor_core.color import lock_luminance, srgb_to_lab
 from diffcolor_core.color_terms import ColorReport, colored_phrases
@@ -51,7 +52,7 @@ class Result:
 def _silent(stage: str, done: int, total: int) -> None: ...
 
 
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 """Raised whenever the same inputs would give other pixels: results of different versions are different work."""
 
 
@@ -67,6 +68,7 @@ class DiffColor:
         self.settings = (
             settings if settings is not None else preset("demo" if checkpoint.model_id == "demo" else "paper")
         )
+        self._last_fitted: tuple[Fit, UNet2DConditionModel] | None = None  # many prompts, one loading of theta
 
     @classmethod
     def from_pretrained(
@@ -161,7 +163,7 @@ class DiffColor:
             **common,
         )
         end = time.perf_counter()
-        return Fit(
+        fit = Fit(
             scan=scan,
             scan_sha256=scan_sha256(scan),
             lightness=small_lightness,
@@ -179,6 +181,8 @@ class DiffColor:
             stage1_seconds=middle - start,
             stage2_seconds=end - middle,
         )
+        self._last_fitted = (fit, unet.requires_grad_(False))
+        return fit
 
     def load_fit(self, url: str, image: Scan | bytes | str | Path | None = None) -> Fit:
         """Read a fit that `Fit.save` wrote. image: the scan, needed if the fit was saved without it.
@@ -223,7 +227,11 @@ class DiffColor:
             return self._result(fit, fit.primary_picture, None, start, fit.primary, fit.primary)
         prompts = [target_prompt] if isinstance(target_prompt, str) else target_prompt
         before, before_prompt = (fit.primary, fit.context_prompt) if base is None else (base.working, base.prompt)
-        painter = Painter(self.checkpoint, fit, before)
+        if self._last_fitted is None or self._last_fitted[0] is not fit:
+            self._last_fitted = None  # before the next copy is made
+            unet = fitted_unet(self.checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
+            self._last_fitted = (fit, unet)
+        painter = Painter(self.checkpoint, fit, before, self._last_fitted[1])
         results = []
         phrases = [colored_phrases(prompt, before_prompt) for prompt in prompts]
         choices = painter.choose(prompts, phrases, fit.settings.stage2.alphas if alpha is None else (alpha,))

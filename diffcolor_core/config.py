@@ -153,9 +153,11 @@ PRESETS: dict[str, Settings] = {
             model_steps=40,
             model_learning_rate=5e-5,
             alphas=(1.0,),
+            negative_context=True,
+            regional_prompts=True,
             keep_unchanged=True,
         ),
-        sampling=SamplingSettings(num_steps=16),
+        sampling=SamplingSettings(num_steps=8),
     ),
 }
 

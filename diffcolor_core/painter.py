@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.attention import phrase_regions
 from diffcolor_core.color import lock_luminance
 from diffcolor_core.color_terms import ColoredPhrase, ColorReport, report, with_color_alone
@@ -40,9 +40,8 @@ class Painter:
 
     BATCH = 8  # pictures generated at a time
 
-    def __init__(self, checkpoint: Checkpoint, fit: Fit, before: Tensor) -> None:
-        self.checkpoint, self.fit, self.before = checkpoint, fit, before
-        self.unet = fitted_unet(checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
+    def __init__(self, checkpoint: Checkpoint, fit: Fit, before: Tensor, unet: UNet2DConditionModel) -> None:
+        self.checkpoint, self.fit, self.before, self.unet = checkpoint, fit, before, unet
         self.e_opt = fit.prompt_embeds.to(checkpoint.device)
         self.e_empty = checkpoint.encode_prompts([""])
         self.z = checkpoint.encode(before[None].to(checkpoint.device))
@@ -133,18 +132,26 @@ class Painter:
         return torch.cat(pictures)
 
     def regions(self, prompt: str, items: list[ColoredPhrase]) -> Tensor:
-        """Where each noun phrase of the prompt is, [P, h, w]."""
-        if prompt not in self._regions:
+        """Where each noun phrase of the prompt is, [P, h, w].
+
+        Looked for under the prompt without its colour words: they say nothing of a gray picture, and
+        could mislead; prompts that differ in colours share the answer.
+        """
+        plain = with_color_alone(prompt, items, None)
+        phrases = noun_phrases(plain)
+        if [phrase.noun for phrase in phrases] != [item.phrase.noun for item in items]:
+            plain, phrases = prompt, [item.phrase for item in items]  # the tagger reads it otherwise without colours
+        if plain not in self._regions:
             gray = gray_input(self.fit.lightness)[None].to(self.checkpoint.device)
-            self._regions[prompt] = phrase_regions(
+            self._regions[plain] = phrase_regions(
                 self.checkpoint,
                 self.checkpoint.encode(gray),
                 self.fit.lightness,
-                prompt,
-                [item.phrase for item in items],
+                plain,
+                phrases,
                 torch.Generator().manual_seed(self.fit.seed),
             )
-        return self._regions[prompt]
+        return self._regions[plain]
 
     def reports(self, x: Tensor, prompt: str, items: list[ColoredPhrase]) -> tuple[ColorReport, ...]:
         """What became of each colour word in a picture [3, h, w] in [-1, 1]."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffcolor_core.demo.evaluate import asked_colors
+from diffcolor_core.demo.evaluate import asked_colors, picture_of
 from diffcolor_core.demo.scenes import Scene, SceneSpec, caption, draw_color, draw_scene, recolored, render
 from diffcolor_core.images import Picture
 
@@ -47,7 +47,7 @@ def draw_cases(task: str, num: int, seed: int, size_px: int) -> Iterator[Case]:
     for _ in range(num):
         spec = draw_scene(rng, num_objects=2, style="photo")
         scene = render(spec, size_px)
-        gray, truth = (_picture(x.numpy()) for x in (scene.gray.expand(3, -1, -1), scene.rgb))
+        gray, truth = (picture_of(x) for x in (scene.gray.expand(3, -1, -1), scene.rgb))
         edited = int(rng.integers(len(spec.regions)))
         plain = caption(spec, colors=False)
         if task == "automatic":
@@ -74,7 +74,3 @@ def one_recolored(spec: SceneSpec, index: int, rng: np.random.Generator) -> Scen
     if index < len(spec.objects):
         return replace(spec, objects=tuple(changed if i == index else o for i, o in enumerate(spec.objects)))
     return replace(spec, table=changed) if index == len(spec.objects) else replace(spec, wall=changed)
-
-
-def _picture(rgb: np.ndarray) -> Picture:
-    return Picture(np.ascontiguousarray((rgb.transpose(1, 2, 0) * 255).round().astype(np.uint8)))

@@ -15,12 +15,13 @@ from torch import Tensor
 from diffcolor_core.color import lightness
 from diffcolor_core.colorizer import DiffColor, Result
 from diffcolor_core.config import Settings
+from diffcolor_core.demo.evaluate import lab_of
 from diffcolor_core.images import Picture, read_picture
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.study.cases import Case, draw_cases
 from diffcolor_core.study.methods import Method, chosen_methods
-from diffcolor_core.study.scores import lab_of, leakage, region_right, region_scores
+from diffcolor_core.study.scores import leakage, region_right, region_scores
 
 Scores = dict[str, list[float]]
 EDIT_LEAKAGE = 3.0  # Delta E_ab up to which an edit counts as kept to its region

@@ -2,22 +2,14 @@
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.demo.evaluate import eroded
 from diffcolor_core.demo.scenes import nearest_color, reference_colors
-from diffcolor_core.images import Picture
 from diffcolor_core.study.cases import Case
 
 BAND_PX = 3  # width of the ring around a region, at a picture side of 64
-
-
-def lab_of(picture: Picture) -> Tensor:
-    """L*a*b* [3, H, W] of an 8-bit picture."""
-    return srgb_to_lab(torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1).double() / 255)
 
 
 def region_scores(case: Case, lab: Tensor) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 
 from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.demo.dataset import draw_caption, scene_spec, swap_colors
-from diffcolor_core.demo.evaluate import asked_colors, region_colors
+from diffcolor_core.demo.evaluate import asked_colors, picture_of, region_colors
 from diffcolor_core.demo.scenes import (
     COLOR_WORDS,
     HUES,
@@ -49,7 +49,7 @@ def test_regions_show_the_colour_of_their_word():
     right = total = 0
     for spec in scenes(60, style="photo"):
         scene = render(spec)
-        found = region_colors(scene.rgb * 2 - 1, scene)
+        found = region_colors(picture_of(scene.rgb), scene)
         right += sum(f == a for f, a in zip(found, asked_colors(spec), strict=True))
         total += len(found)
     assert right / total > 0.98

@@ -12,8 +12,8 @@ from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.attention import phrase_regions
 from diffcolor_core.color import lightness
-from diffcolor_core.config import SamplingSettings
-from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors
+from diffcolor_core.config import preset
+from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors, without_fit
 from diffcolor_core.demo.scenes import caption, draw_scene, recolored, render
 from diffcolor_core.images import gray_input
 from diffcolor_core.in_context import reconstruction_loss
@@ -47,15 +47,13 @@ def test_diffusers_own_pipeline_loads_the_same_folder():
 
 
 def test_words_colour_the_regions():
-    checkpoint = load_checkpoint("demo")
-    assert (checkpoint.vae_factor, checkpoint.native_size_px) == (4, 64)
-    generator = torch.Generator().manual_seed(0)
+    pipe = DiffColor(load_checkpoint("demo"), without_fit(preset("demo")))
+    assert (pipe.checkpoint.vae_factor, pipe.checkpoint.native_size_px) == (4, 64)
     right = []
     for scene in scenes(4):
-        sampling = SamplingSettings(num_steps=12, strength=1.0)
-        picture = draw_pictures(checkpoint, scene, [caption(scene.spec)], sampling, generator)[0]
+        (picture,) = draw_pictures(pipe, scene, [scene.spec], seed=0)
         right += [f == a for f, a in zip(region_colors(picture, scene), asked_colors(scene.spec), strict=True)]
-    assert sum(right) / len(right) >= 0.6  # one word in seven is right by chance
+    assert sum(right) / len(right) >= 0.8  # one word in seven is right by chance
 
 
 @pytest.mark.timeout(300)
@@ -77,8 +75,7 @@ def test_both_stages_with_the_demo_preset():
     after_both = loss(fitted_unet(checkpoint.unet, None, fit.unet_state), fit.prompt_embeds)
     assert after_both < after_embedding < start
     result = pipe.recolor(fit, caption(scene.spec))
-    picture = torch.from_numpy(result.image.pixels).permute(2, 0, 1).float() / 127.5 - 1
-    found, asked = region_colors(picture, scene), asked_colors(scene.spec)
+    found, asked = region_colors(result.image, scene), asked_colors(scene.spec)
     assert found[2:] == asked[2:]  # table and wall
     assert result.metrics["p99_abs_delta_l"] <= 0.5
     assert result.metrics["colorfulness"] > 20

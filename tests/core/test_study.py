@@ -7,14 +7,14 @@ import torch
 
 from diffcolor_core import Picture, preset
 from diffcolor_core.config import Stage2Settings
-from diffcolor_core.demo.evaluate import asked_colors
+from diffcolor_core.demo.evaluate import asked_colors, lab_of
 from diffcolor_core.demo.scenes import COLOR_WORDS
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.study import METHODS, TASKS, run_photographs, run_study, summarise
 from diffcolor_core.study.cases import draw_cases
 from diffcolor_core.study.perceptual import Perceptual
 from diffcolor_core.study.photographs import fidelity
-from diffcolor_core.study.scores import lab_of, leakage, region_right, region_scores
+from diffcolor_core.study.scores import leakage, region_right, region_scores
 from tests.core.test_colorizer import QUICK
 
 
