@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: setup demo test lint demo-model study evaluate
+.PHONY: setup demo test lint demo-model study evaluate chaos
 
 setup: .venv/.installed
 
@@ -36,3 +36,6 @@ study: setup  ## The method against baselines and ablations; hours on a CPU, res
 
 evaluate: setup  ## Does the demo model obey its words?
 	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7
+
+chaos: setup  ## Faults injected into real runs, each ten times; about two hours on 2 cores.
+	$(BIN)/python -m tests.faults.chaos --rounds 10 --json benchmarks/results/chaos.json

@@ -347,7 +347,7 @@ def train(
     vae_steps: int = 1200,
     clip_steps: int = 1000,
     text_steps: int = 600,
-    unet_steps: int = 8000,
+    unet_steps: int = 5800,
     judge_steps: int = 700,
 ) -> None:
     """Train the demo model from nothing, or go on where an earlier call was stopped."""

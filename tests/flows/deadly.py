@@ -3,6 +3,7 @@
 import os
 import threading
 
+from diffcolor_core import Fit
 from tasks.colorize import ImageWorker, Row
 from tasks.planning import PlannedImage
 
@@ -21,3 +22,15 @@ class HangingWorker(ImageWorker):
         if planned.work.image_key == "broken.jpg":
             threading.Event().wait()
         return super().colorize(planned)
+
+
+class HungryWorker(ImageWorker):
+    """Runs out of memory at the model's own working size."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+        def run_out(*_: object, **__: object) -> Fit:
+            raise RuntimeError("can't allocate memory: 7 GB")
+
+        self.pipe.fit = run_out  # type: ignore[method-assign]

@@ -9,9 +9,11 @@ from PIL import Image
 
 from diffcolor_core import read_scan
 from flows.colorize_archive import colorize_archive
+from flows.recolor_archive import recolor_archive
 from tasks.lease import OutputBusyError, hold_output
-from tasks.manifest import query
+from tasks.manifest import ManifestError, query
 from tasks.storage import Store
+from tasks.verify import verify
 
 
 def files(folder: Path) -> set[str]:
@@ -218,3 +220,56 @@ def test_a_model_that_changed_under_the_run_fails_it(small_archive, tiny_folder,
     monkeypatch.setattr(module, "identify", lambda model: (model, "sha256:other"))
     with pytest.raises(Exception, match="is '.*' another folder here"):
         colorize_archive(archive=str(small_archive), output=str(tmp_path / "out"), model=str(folder))
+
+
+def test_new_colours_from_the_kept_fits(small_archive, tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    colorize_archive(archive=str(small_archive), output=str(output), model=str(tiny_folder), image_format="tiff")
+    targets = tmp_path / "targets.csv"
+    targets.write_text("image,target_prompt\nscan 0.png,a white ball on a red table\nscan 1.png,a red box on a table\n")
+    assert recolor_archive(output=str(output), catalog=str(targets)) == {
+        "ok": 2,
+        "quarantined": 0,
+        "failed": 0,
+        "done_before": 0,
+    }
+    rows = ask(
+        output,
+        """select image_key, context_prompt, target_prompt, fit_reused, right(output_uri, 4) from results
+        where generation = 2 order by image_key""",
+    )
+    assert rows == [
+        ("scan 0.png", "a ball on a table", "a white ball on a red table", True, ".tif"),
+        ("scan 1.png", "a box on a table", "a red box on a table", True, ".tif"),
+    ]
+    assert list(verify(Store(str(output)))) == []
+    # a fit that is gone is made again, and a damaged one too
+    shutil.rmtree(output / "fits")
+    targets.write_text("image,target_prompt\nscan 0.png,a purple ball on a red table\n")
+    assert recolor_archive(output=str(output), catalog=str(targets))["ok"] == 1
+    (damaged,) = (output / "fits").rglob("fit.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    targets.write_text("image,target_prompt\nscan 0.png,a green ball on a red table\n")
+    assert recolor_archive(output=str(output), catalog=str(targets))["ok"] == 1
+    assert ask(output, "select generation, fit_reused from attempts where generation > 2 order by 1") == [
+        (3, False),
+        (4, False),
+    ]
+
+
+def test_recolouring_needs_a_run_to_go_by(tmp_path):
+    (tmp_path / "targets.csv").write_text("image,target_prompt\na.png,a red ball\n")
+    with pytest.raises(ManifestError, match="no run has been recorded"):
+        recolor_archive(output=str(tmp_path / "out"), catalog=str(tmp_path / "targets.csv"))
+
+
+def test_where_memory_runs_out_a_smaller_size_is_tried_and_recorded(small_archive, tiny_folder, tmp_path, monkeypatch):
+    from tasks import colorize
+    from tests.flows.deadly import HungryWorker
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(colorize, "ImageWorker", HungryWorker)
+    summary = colorize_archive(archive=str(small_archive), output=str(output), model=str(tiny_folder), limit=2)
+    assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
+    rows = ask(output, "select distinct fallback, width_px, fit_uri from results where status = 'ok'")
+    assert rows == [("working size 24 px, batch size 1: can't allocate memory: 7 GB", 56, None)]

@@ -1,0 +1,196 @@
+"""The faults: each is injected into runs over an archive of its own output, then the archive is resumed and counted."""
+
+import contextlib
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.storage import Store
+from tests.faults.harness import Bench, Reckoning, committed, wait_until
+
+Fault = Callable[[Bench, str, int, random.Random], Reckoning]
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(name: str) -> Callable[[Fault], Fault]:
+    def register(function: Fault) -> Fault:
+        FAULTS[name] = function
+        return function
+
+    return register
+
+
+def _working(bench_run: object) -> object:
+    return bench_run.processes("ray::ImageWorker.colorize")  # type: ignore[attr-defined]
+
+
+@fault("SIGKILL of the actor, mid-image")
+def kill_actor(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    """Fewer than three times for any one image: a third death is the image's own fault."""
+    injected = 0
+    with bench.run(output) as run:
+        while injected < rounds and run.process.poll() is None:
+            before = committed(output)
+            if not wait_until(lambda: _working(run) or run.process.poll() is not None, 120) or not _working(run):
+                break
+            for process in run.processes("ray::ImageWorker.colorize"):
+                process.kill()
+                injected += 1
+            wait_until(lambda b=before: committed(output) > b or run.process.poll() is not None, 120)
+        run.wait()
+    return bench.reckon(output, injected)
+
+
+@fault("SIGKILL of the whole run at a random moment")
+def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as run, contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(rng.uniform(3, 45))
+            break  # it came to its end: there is nothing left to disturb
+        injected += 1  # leaving the context has killed every process of it
+    return bench.reckon(output, injected)
+
+
+@fault("SIGKILL of the flow's process alone")
+def kill_flow(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as run:
+            if not wait_until(lambda r=run: _working(r), 120):
+                break
+            run.process.kill()
+            injected += 1
+            assert wait_until(lambda r=run: not r.processes("ray::", "raylet"), 60), "actors outlive their flow"
+    return bench.reckon(output, injected)
+
+
+@fault("SIGKILL of the Ray node")
+def kill_node(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as run:
+            if not wait_until(lambda r=run: _working(r), 120):
+                break
+            for process in run.processes("raylet/raylet"):
+                process.kill()
+            injected += 1
+            run.wait()
+    return bench.reckon(output, injected)
+
+
+@fault("SIGKILL of the Prefect server")
+def kill_prefect(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as run:
+            if not wait_until(lambda r=run: _working(r), 120):
+                break
+            for process in run.processes("prefect.server.api"):
+                process.kill()
+                injected += 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(240)
+    return bench.reckon(output, injected)
+
+
+def _signalled(bench: Bench, output: str, rounds: int, number: signal.Signals) -> Reckoning:
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as run:
+            if not wait_until(lambda r=run: _working(r), 120):
+                break
+            run.process.send_signal(number)
+            injected += 1
+            assert run.wait(120) not in (0, 3), "a stopped run must not look finished"
+            assert wait_until(lambda r=run: not r.processes("ray::", "raylet"), 60), "actors outlive their flow"
+    return bench.reckon(output, injected)
+
+
+@fault("Ctrl-C")
+def interrupt(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    return _signalled(bench, output, rounds, signal.SIGINT)
+
+
+@fault("SIGTERM")
+def terminate(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    return _signalled(bench, output, rounds, signal.SIGTERM)
+
+
+@fault("two runs racing")
+def race(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as one, bench.run(output) as two:
+            codes = {one.wait(), two.wait()}
+            assert codes <= {0, 1, 3}, codes
+            injected += 1
+    return bench.reckon(output, injected)
+
+
+def _repaired(bench: Bench, output: str, rounds: int, damage: Callable[[Store, list[str]], None]) -> Reckoning:
+    """Damage to a finished output, found and mended by `verify --repair` and a run."""
+    from tasks.verify import repair, verify
+
+    shutil.copytree(bench.folder / "undisturbed", output)
+    store = Store(output)
+    for _ in range(rounds):
+        damage(store, [key for key, _ in store.list() if key.startswith(("images/", "manifest/"))])
+        findings = [f for f in verify(store) if f.kind != "extra"]
+        assert findings
+        repair(store, findings)
+        with bench.run(output) as run:
+            run.wait()
+    reckoning = bench.reckon(output, rounds)
+    reckoning.doubled = 0  # what was lost is rightly done, and written, a second time
+    return reckoning
+
+
+@fault("an image deleted, then verify --repair")
+def delete_image(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    def damage(store: Store, keys: list[str]) -> None:
+        store.delete(rng.choice([key for key in keys if "/target-" in key]))
+
+    return _repaired(bench, output, rounds, damage)
+
+
+@fault("a byte flipped, then verify --repair")
+def flip_byte(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    def damage(store: Store, keys: list[str]) -> None:
+        key = rng.choice([key for key in keys if "/target-" in key])
+        data = bytearray(store.read(key))
+        data[rng.randrange(len(data))] ^= 255
+        store.write(key, bytes(data))
+
+    return _repaired(bench, output, rounds, damage)
+
+
+@fault("a manifest part truncated, then verify --repair")
+def truncate_part(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    def damage(store: Store, keys: list[str]) -> None:
+        key = rng.choice([key for key in keys if key.endswith(".parquet")])
+        store.write(key, store.read(key)[: -rng.randrange(1, 400)])
+
+    return _repaired(bench, output, rounds, damage)
+
+
+@fault("disk full")
+def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    """A file system of so little space that the run fails; then room is made. Needs the right to mount."""
+    Path(output).mkdir(parents=True)
+    size = "size={}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size.format(150), "tmpfs", output], check=True, capture_output=True)
+    injected = 0
+    try:
+        for _ in range(rounds):
+            with bench.run(output) as run:
+                assert run.wait() in (1, 3)
+            injected += 1
+        subprocess.run(["mount", "-o", "remount," + size.format(50_000), output], check=True)
+        reckoning = bench.reckon(output, injected)
+        return reckoning
+    finally:
+        subprocess.run(["umount", "-l", output], check=False)

@@ -1,0 +1,199 @@
+"""Runs as processes of their own, faults injected into them, and the reckoning afterwards."""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+from tasks.manifest import ManifestError, query
+from tasks.storage import TEMPORARY, Store
+from tasks.verify import verify
+from tests.conftest import gray_picture
+
+NUM_IMAGES = 8
+RUN_ID = "run"  # a file names its run: under one name the bytes can be compared
+MARK = "DIFFCOLOR_FAULTS_RUN"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Reckoning:
+    """What became of an archive after faults and a resume.
+
+    identical: every picture has the undisturbed run's bytes. litter: temporary files and processes left.
+    """
+
+    injected: int
+    lost: int
+    doubled: int
+    identical: bool
+    findings: list[str]
+    litter: list[str]
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        assert self.injected > 0
+        assert (self.lost, self.doubled, self.identical, self.findings, self.litter) == (0, 0, True, [], []), self
+
+
+def make_archive(folder: Path) -> Path:
+    """Small scans with a catalog, one of them no picture."""
+    folder.mkdir(parents=True)
+    lines = ["image,context_prompt,target_prompt"]
+    for number in range(NUM_IMAGES):
+        Image.fromarray(gray_picture(seed=number)).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,a ball on a table,a red ball on a green table")
+    lines.append("0.png,a ball on a table,a blue ball on a green table")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    lines.append("broken.jpg,a cone on a table,")
+    (folder / "catalog.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@dataclass
+class Run:
+    """A run that is going on."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Its living processes."""
+        return processes(self.mark, *words)
+
+    def wait(self, seconds: float = 300) -> int:
+        """Its exit code."""
+        return self.process.wait(seconds)
+
+
+@dataclass
+class Bench:
+    """An archive, its undisturbed outcome, and runs over it into outputs of their own."""
+
+    archive: Path
+    model: Path
+    folder: Path
+    expected: dict[tuple[str, str], str | None] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, folder: Path, model: Path) -> "Bench":
+        bench = cls(make_archive(folder / "archive"), model, folder)
+        with bench.run(str(folder / "undisturbed")) as run:
+            assert run.wait() == 3, "the undisturbed run must end with its one quarantined file"
+        bench.expected = outcome(Store(str(folder / "undisturbed")))
+        assert len(bench.expected) == NUM_IMAGES + 2
+        return bench
+
+    @contextlib.contextmanager
+    def run(self, output: str, *options: str, archive: Path | None = None) -> Iterator["Run"]:
+        """`diffcolor run` in a session of its own; whatever is left of it is killed at the end.
+
+        All its processes, Ray's too, are known by a variable in their environment: see `processes`.
+        """
+        command = [sys.executable, "-m", "tests.faults.driver", "run", str(archive or self.archive), output]
+        command += [
+            "--model",
+            str(self.model),
+            "--run-id",
+            RUN_ID,
+            "--commit-every",
+            "2",
+            "--shard-size",
+            "4",
+            *options,
+        ]
+        log = self.folder / "runs.log"
+        with log.open("ab") as file:
+            environment = os.environ | {MARK: secrets.token_hex(8)}
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env=environment
+            )
+        mark = environment[MARK]
+        try:
+            yield Run(process, mark)
+        finally:
+            kill_all(mark)
+            process.wait()
+
+    def reckon(self, output: str, injected: int, *options: str) -> Reckoning:
+        """Resume without faults, then count."""
+        start = time.monotonic()
+        with self.run(output, *options) as run:
+            code = run.wait()
+            orphans = [] if wait_until(lambda: not run.processes(), 20) else [str(p) for p in run.processes()]
+        seconds = time.monotonic() - start
+        store = Store(output)
+        found = outcome(store)
+        twice = query(
+            store,
+            """select count(*) from (select image_key, variant from attempts where status = 'ok'
+            group by all having count(*) > 1)""",
+        ).fetchall()[0][0]
+        litter = list(Path(output, TEMPORARY).glob("*")) if store.is_local else []
+        return Reckoning(
+            injected=injected,
+            lost=len(self.expected.keys() - found.keys()) + (code not in (0, 3)),
+            doubled=twice,
+            identical=found == self.expected,
+            findings=[f"{f.kind} {f.key}" for f in verify(store)],
+            litter=[*map(str, litter), *orphans],
+            seconds=seconds,
+        )
+
+
+def outcome(store: Store) -> dict[tuple[str, str], str | None]:
+    """(image, variant) -> hash of its picture, None for the quarantined."""
+    rows = query(store, "select image_key, variant, status, output_sha256, output_uri from results").fetchall()
+    for _, _, status, sha256, uri in rows:
+        if status == "ok":
+            with store.fs.open(uri, "rb") as file:
+                assert hashlib.sha256(file.read()).hexdigest() == sha256
+    return {(image, variant): sha256 for image, variant, _, sha256, _ in rows}
+
+
+def committed(output: str) -> int:
+    """Rows that readers see now."""
+    try:
+        return int(query(Store(output), "select count(*) from attempts").fetchall()[0][0])
+    except ManifestError:
+        return 0
+
+
+def processes(mark: str, *words: str) -> list[psutil.Process]:
+    """What is alive of a run; with `words`, those whose command line holds one of them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                line = " ".join(process.cmdline()) + process.name()
+                if not words or any(word in line for word in words):
+                    found.append(process)
+    return found
+
+
+def kill_all(mark: str) -> None:
+    """SIGKILL to every process of a run."""
+    for process in processes(mark):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether the condition came to hold within so long."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        pause.wait(0.1)
+    return False
