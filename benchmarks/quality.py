@@ -34,6 +34,7 @@ RIVALS = {
 }
 ABLATIONS = {
     "full-prompt": [
+        "no-word-weights",
         "no-regional",
         "negative-empty",
         "no-stage1",
@@ -50,7 +51,7 @@ ABLATIONS = {
         "alpha-auto",
         "alpha-auto-weighted",
     ],
-    "edit": ["adapters"],
+    "edit": ["no-word-weights", "adapters"],
     "automatic": [
         "untrained-stage1",
         "no-contrastive",

@@ -43,6 +43,9 @@ class Stage1Settings(_Record):
     colours that only CLIP likes; 0 is the paper's."""
     stop_below: float = Field(0.0, ge=0)
     """End when the running mean of the contrastive loss falls below this (nats) [O]; 0 never ends early."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """Starting noise level of the primary; None is that of `sampling` [P]. From stronger noise less of
+    the gray survives, and the colours are more vivid [O]."""
     anti_color_prompts: tuple[str, ...] = (
         "A grayscale photograph",
         "A picture with scratches",
@@ -146,6 +149,7 @@ PRESETS: dict[str, Settings] = {
             max_timestep=0.6,
             num_views=2,
             stop_below=0.1,
+            strength=1.0,
         ),
         stage2=Stage2Settings(
             embedding_steps=40,
@@ -153,6 +157,7 @@ PRESETS: dict[str, Settings] = {
             model_steps=40,
             model_learning_rate=5e-5,
             alphas=(1.0,),
+            word_weights=(1.5, 2.0),
             negative_context=True,
             regional_prompts=True,
             keep_unchanged=True,

@@ -107,5 +107,7 @@ def colorize_with_prior(
     unet.requires_grad_(False)
 
     # 3. z_T by forward diffusion, DDIM under c, x_pri = D(z)
-    x_pri = generate(checkpoint, unet, z, c, lightness_star, sampling, generator)[0]
+    strength = sampling.strength if settings.strength is None else settings.strength
+    noised = sampling.model_copy(update={"strength": strength})
+    x_pri = generate(checkpoint, unet, z, c, lightness_star, noised, generator)[0]
     return PriorResult(x_pri=x_pri.cpu(), losses=losses)

@@ -161,7 +161,7 @@ def open_plan(
     Raises CatalogError.
     """
     with tempfile.TemporaryDirectory(prefix="diffcolor-plan-") as folder:
-        database = duckdb.connect(f"{folder}/plan.duckdb", config={"memory_limit": "500MB", "threads": 2})
+        database = duckdb.connect(f"{folder}/plan.duckdb", config={"memory_limit": "200MB", "threads": 2})
         database.execute("create table files (key varchar, version varchar)")
         _insert(database, "files", (entry for entry in archive.walk() if is_image_key(entry[0])))
         database.execute("create table catalog (number bigint, image varchar, context varchar, target varchar)")
@@ -242,7 +242,7 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
         manifest = connect(output)
     except ManifestError:
         return
-    reader = manifest.execute(f"select {columns} from results").to_arrow_reader(50_000)
+    reader = manifest.execute(f"select {columns} from results").to_arrow_reader(20_000)
     database.register("batches", reader)
     database.execute("insert into known from batches")
     database.unregister("batches")
@@ -278,7 +278,7 @@ def _refuse_duplicates(database: duckdb.DuckDBPyConnection) -> None:
 
 def _insert(database: duckdb.DuckDBPyConnection, table: str, rows: Iterator[tuple[object, ...]]) -> None:
     schema = database.execute(f"from {table} limit 0").to_arrow_table().schema
-    while batch := list(islice(rows, 50_000)):
+    while batch := list(islice(rows, 20_000)):
         columns = [pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)]
         database.register("batch", pa.Table.from_arrays(columns, schema=schema))
         database.execute(f"insert into {table} from batch")

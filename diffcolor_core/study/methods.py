@@ -109,6 +109,7 @@ METHODS: dict[str, Method] = {
         _with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": (1.3, 1.6)}),
         "the best of four alphas, ignored words exaggerated",
     ),
+    "no-word-weights": Method(_with(stage2={"word_weights": ()}), "no colour word exaggerated where it is ignored"),
     "negative-context": Method(_with(stage2={"negative_context": True}), "the context prompt as negative prompt"),
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "regional": Method(_with(stage2={"regional_prompts": True}), "each noun's region under its own colour alone"),
