@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -336,12 +337,15 @@ def ray_actors(
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve other processes of the machine
     import ray
 
     started_here = not ray.is_initialized()
     if started_here:
         local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if ray_address is None else {}
         ray.init(address=ray_address or "local", log_to_driver=False, logging_level="warning", **local)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray's would abort the process
     cores = int(ray.cluster_resources().get("CPU", 1))
     threads = max(1, cores // num_actors) if gpus_per_actor == 0 else None
     remote = ray.remote(ImageWorker).options(
