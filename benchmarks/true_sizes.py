@@ -43,11 +43,12 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Save, load, fit, recolour; print what it took."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32  # bfloat16 crawls on most CPUs
     with tempfile.TemporaryDirectory() as folder:
         save_architecture(Path(folder), version)
         start = time.perf_counter()
         pipe = DiffColor.from_pretrained(
-            folder, settings=quick(preset("paper"), steps, rank or None), device=device, dtype=torch.bfloat16
+            folder, settings=quick(preset("paper"), steps, rank or None), device=device, dtype=dtype
         )
     loaded = time.perf_counter()
     gray = (np.linspace(0, 255, size)[None] * np.linspace(0.3, 1, size)[:, None]).astype(np.uint8)
@@ -65,6 +66,7 @@ def main(
         "size_px": size,
         "steps_each": steps,
         "adapter_rank": rank or None,
+        "dtype": str(dtype),
         "unet_parameters": sum(p.numel() for p in pipe.checkpoint.unet.parameters()),
         "load_seconds": loaded - start,
         "fit_seconds": fitted - loaded,

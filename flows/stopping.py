@@ -17,8 +17,8 @@ def stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run in order, a second one at once; what is committed is kept either way.
 
     The first raises KeyboardInterrupt in the main thread: the actors are killed and the finished
-    images committed on the way out. After `GRACE_SECONDS` the process ends in any case. The exit code
-    is 128 and the signal's number.
+    images committed on the way out. A process that still lives after `GRACE_SECONDS`, or gets a second signal,
+    ends with 128 and the signal's number.
     """
     stopping = threading.Event()
 

@@ -297,7 +297,8 @@ class ActorPool:
         """An idle actor, waiting for one if need be. Raises RunStoppedError once the pool is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._closed)
-            self._refuse_if_closed()
+            if self._closed:
+                raise RunStoppedError("the run is being stopped")
             actor = self._free.popleft()
         try:
             yield actor
@@ -317,10 +318,6 @@ class ActorPool:
             ray.kill(actor.handle)
         with self._changed:
             self._changed.wait_for(lambda: len(self._free) == len(self.actors), timeout=wait_seconds)
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise RunStoppedError("the run is being stopped")
 
 
 @contextmanager

@@ -8,7 +8,6 @@ Nobody's clock is compared with another's: the beat is watched for a while.
 
 import json
 import logging
-import os
 import re
 import socket
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tasks.storage import Store
+from tasks.storage import Store, this_machine
 
 PREFIX = "runs"
 BEAT_EVERY_SECONDS = 10.0
@@ -129,7 +128,7 @@ def _identity() -> dict[str, Any]:
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
-        "booted": psutil.boot_time(),
+        "machine": this_machine(),
         "pid": process.pid,
         "process_started": process.create_time(),
     }
@@ -140,7 +139,7 @@ def _wait_until_dead(output: Store, generation: int) -> None:
     record = json.loads(output.read(_key(generation, "json")))
     who = f"run {record.get('run_id')!r} (process {record.get('pid')} on {record.get('host')})"
     busy = OutputBusyError(f"{who} is working on {output.url!r}: wait for it, or stop it")
-    if record.get("host") == socket.gethostname() and _lives(record) is not None:
+    if record.get("machine") == this_machine():
         if _lives(record):
             raise busy
         return
@@ -155,16 +154,14 @@ def _wait_until_dead(output: Store, generation: int) -> None:
             raise busy
 
 
-def _lives(record: Mapping[str, Any]) -> bool | None:
-    """Whether a process of this host lives; None if another container may hide it."""
+def _lives(record: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine lives, and is not another that has got its number."""
     try:
-        process = psutil.Process(int(record["pid"]))
-        same = abs(process.create_time() - float(record["process_started"])) < 2.0
+        process = psutil.Process(record["pid"])
+        same = abs(process.create_time() - record["process_started"]) < 2.0
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return None if os.path.exists("/.dockerenv") else False
-    except (KeyError, TypeError, ValueError):
-        return None
+        return False
 
 
 def _beat_of(output: Store, generation: int) -> bytes:

@@ -116,12 +116,11 @@ SCHEMA = pa.schema(
 )
 
 POINTER = f"{PREFIX}/compacted.json"
-_EARLIER = """select * from attempts qualify row_number() over (
+_ROW_NUMBER = """row_number() over (
     partition by image_key, variant
-    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc) > 1"""
-_LATEST = """qualify row_number() over (
-    partition by image_key, variant
-    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc) = 1"""
+    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc)"""
+_LATEST = f"qualify {_ROW_NUMBER} = 1"
+_EARLIER = f"qualify {_ROW_NUMBER} > 1"
 
 
 class ManifestError(ValueError):
@@ -140,7 +139,7 @@ def encode_part(rows: Sequence[Mapping[str, Any]]) -> bytes:
             raise ValueError(f"manifest row with unknown columns {sorted(unknown)} or without {missing}")
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -278,19 +277,18 @@ def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
     folder = f"{PREFIX}/compacted-{generation:06d}-{secrets.token_hex(4)}"
     written: dict[str, list[str]] = {}
     rows = 0
-    for name, sql in (("latest", "from results"), ("earlier", _EARLIER)):
+    for name, sql in (("latest", "from results"), ("earlier", f"select * from attempts {_EARLIER}")):
         written[name] = []
         reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
         for number, batch in enumerate(reader):
             sink = io.BytesIO()
             table = pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
-            pq.write_table(table, sink, compression="zstd", row_group_size=25_000)
+            pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=25_000)
             written[name].append(f"{folder}/{name}-{number:05d}.parquet")
             output.write(written[name][-1], sink.getvalue())
             rows += batch.num_rows
     # What this compaction has not read counts on: only the parts listed above are replaced.
-    record = {"generation": generation, **written, "replaced": [*parts.loose, *parts.replaced]}
-    output.write(POINTER, json.dumps(record).encode())
+    _write_pointer(output, generation, replaced=[*parts.loose, *parts.replaced], **written)
     for key in (*parts.replaced, *_older_folders(output, generation)):
         output.delete(key)
     return Compaction(len(parts.all), sum(map(len, written.values())), rows, len(parts.replaced))
@@ -301,9 +299,15 @@ def set_aside(output: Store, key: str, folder: str) -> None:
     output.write(f"{folder}/{key}", output.read(key))
     parts = list_parts(output).without({key})
     if parts.generation:
-        record = {"latest": parts.latest, "earlier": parts.earlier, "replaced": parts.replaced}
-        output.write(POINTER, json.dumps({"generation": parts.generation, **record}).encode())
+        _write_pointer(output, parts.generation, parts.latest, parts.earlier, parts.replaced)
     output.delete(key)
+
+
+def _write_pointer(
+    output: Store, generation: int, latest: Sequence[str], earlier: Sequence[str], replaced: Sequence[str]
+) -> None:
+    record = {"generation": generation, "latest": latest, "earlier": earlier, "replaced": replaced}
+    output.write(POINTER, json.dumps(record).encode())
 
 
 def _older_folders(output: Store, generation: int) -> list[str]:

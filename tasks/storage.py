@@ -1,14 +1,14 @@
 """A folder on any filesystem that fsspec knows: local, S3, GCS, ..."""
 
 import errno
-import glob
+import hashlib
 import os
 import posixpath
 import re
 import socket
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,15 @@ def check_key(key: str) -> str:
     if not key or len(key.encode()) > 1024 or "\0" in key or "\\" in key or any(p in ("", ".", "..") for p in parts):
         raise InvalidKeyError(f"not a key below the root: {key[:200]!r}")
     return key
+
+
+def this_machine() -> str:
+    """What must be equal for a process number to mean the same process: machine, its start, container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux: no containers
+        return socket.gethostname()
 
 
 def slug(text: str, limit: int = 60) -> str:
@@ -162,7 +171,7 @@ class Store:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.root, TEMPORARY)
         folder.mkdir(exist_ok=True)
-        temporary = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+        temporary = folder / f"{_machine_digest()}~{os.getpid()}~{uuid.uuid4().hex}"
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -177,10 +186,9 @@ class Store:
         """Delete the temporary files that dead processes of this machine have left; how many there were."""
         if not self.is_local:
             return 0
-        host = socket.gethostname()
         stale = [
             path
-            for path in Path(self.root, TEMPORARY).glob(f"{glob.escape(host)}~*~*")
+            for path in Path(self.root, TEMPORARY).glob(f"{_machine_digest()}~*~*")
             if not psutil.pid_exists(int(path.name.split("~")[1]))
         ]
         for path in stale:
@@ -200,7 +208,7 @@ class Store:
             if folder == posixpath.join(self.root, TEMPORARY):
                 continue
             try:
-                infos = self._patiently(lambda folder=folder: self.fs.ls(folder, detail=True))  # type: ignore[misc]
+                infos = self._list_folder(folder)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             for info in infos:
@@ -211,6 +219,9 @@ class Store:
                 elif len(path) > len(self.root):
                     yield path[len(self.root) + 1 :], _version(info)
 
+    def _list_folder(self, folder: str) -> Iterable[dict[str, Any]]:
+        return self._patiently(lambda: cast(Iterable[dict[str, Any]], self.fs.ls(folder, detail=True)))
+
     def list(self, prefix: str = "") -> list[tuple[str, str]]:
         """(key, version token) of every file below `prefix`, sorted by key."""
         return sorted(self.walk(prefix))
@@ -218,6 +229,10 @@ class Store:
     def exists(self) -> bool:
         """Whether the folder is there. (On an object store: whether anything is below it.)"""
         return bool(self.fs.exists(self.root))
+
+
+def _machine_digest() -> str:
+    return hashlib.sha256(this_machine().encode()).hexdigest()[:16]
 
 
 def is_transient(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from tasks.storage import Store
 
 DAMAGED = "damaged"
 """Folder for manifest parts that cannot be read any more."""
-_LEFT_ALONE = (".tmp/", "runs/", "manifest/", f"{DAMAGED}/")
+_LEFT_ALONE = ("runs/", "manifest/", f"{DAMAGED}/")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
 def _damage(output: Store, key: str) -> str | None:
     try:
         with output.open(key) as file:
-            pq.ParquetFile(file).read(columns=["image_key"])
+            part = pq.ParquetFile(file, page_checksum_verification=True)
+            for number in range(part.num_row_groups):
+                part.read_row_group(number)
     except (pyarrow.lib.ArrowException, OSError) as error:
         return str(error).partition("\n")[0]
     return None

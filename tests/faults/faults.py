@@ -6,10 +6,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import psutil
+
 from tasks.storage import Store
-from tests.faults.harness import Bench, Reckoning, committed, wait_until
+from tests.faults.harness import Bench, Reckoning, Run, committed, wait_until
 
 Fault = Callable[[Bench, str, int, random.Random], Reckoning]
 FAULTS: dict[str, Fault] = {}
@@ -23,8 +26,20 @@ def fault(name: str) -> Callable[[Fault], Fault]:
     return register
 
 
-def _working(bench_run: object) -> object:
-    return bench_run.processes("ray::ImageWorker.colorize")  # type: ignore[attr-defined]
+def _working(run: Run) -> list[psutil.Process]:
+    return run.processes("ray::ImageWorker.colorize")
+
+
+def _disturbed(bench: Bench, output: str, rounds: int, disturb: Callable[[Run], None]) -> Reckoning:
+    """Up to `rounds` runs, each disturbed while an image is being worked on; then the reckoning."""
+    injected = 0
+    for _ in range(rounds):
+        with bench.run(output) as run:
+            if not wait_until(partial(_working, run), 120):
+                break  # there is nothing left to disturb
+            injected += 1
+            disturb(run)
+    return bench.reckon(output, injected)
 
 
 @fault("SIGKILL of the actor, mid-image")
@@ -36,9 +51,7 @@ def kill_actor(bench: Bench, output: str, rounds: int, rng: random.Random) -> Re
             before = committed(output)
             if not wait_until(lambda: _working(run) or run.process.poll() is not None, 120) or not _working(run):
                 break
-            for process in run.processes("ray::ImageWorker.colorize"):
-                process.kill()
-                injected += 1
+            injected += run.kill("ray::ImageWorker.colorize")
             wait_until(lambda b=before: committed(output) > b or run.process.poll() is not None, 120)
         run.wait()
     return bench.reckon(output, injected)
@@ -55,59 +68,45 @@ def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reck
     return bench.reckon(output, injected)
 
 
+def _assert_no_actors(run: Run) -> None:
+    assert wait_until(lambda: not run.processes("ray::", "raylet"), 60), "actors outlive their flow"
+
+
 @fault("SIGKILL of the flow's process alone")
 def kill_flow(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    injected = 0
-    for _ in range(rounds):
-        with bench.run(output) as run:
-            if not wait_until(lambda r=run: _working(r), 120):
-                break
-            run.process.kill()
-            injected += 1
-            assert wait_until(lambda r=run: not r.processes("ray::", "raylet"), 60), "actors outlive their flow"
-    return bench.reckon(output, injected)
+    def disturb(run: Run) -> None:
+        run.process.kill()
+        _assert_no_actors(run)
+
+    return _disturbed(bench, output, rounds, disturb)
 
 
 @fault("SIGKILL of the Ray node")
 def kill_node(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    injected = 0
-    for _ in range(rounds):
-        with bench.run(output) as run:
-            if not wait_until(lambda r=run: _working(r), 120):
-                break
-            for process in run.processes("raylet/raylet"):
-                process.kill()
-            injected += 1
-            run.wait()
-    return bench.reckon(output, injected)
+    def disturb(run: Run) -> None:
+        run.kill("raylet/raylet")
+        run.wait()
+
+    return _disturbed(bench, output, rounds, disturb)
 
 
 @fault("SIGKILL of the Prefect server")
 def kill_prefect(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    injected = 0
-    for _ in range(rounds):
-        with bench.run(output) as run:
-            if not wait_until(lambda r=run: _working(r), 120):
-                break
-            for process in run.processes("prefect.server.api"):
-                process.kill()
-                injected += 1
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(240)
-    return bench.reckon(output, injected)
+    def disturb(run: Run) -> None:
+        run.kill("prefect.server.api")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(240)
+
+    return _disturbed(bench, output, rounds, disturb)
 
 
 def _signalled(bench: Bench, output: str, rounds: int, number: signal.Signals) -> Reckoning:
-    injected = 0
-    for _ in range(rounds):
-        with bench.run(output) as run:
-            if not wait_until(lambda r=run: _working(r), 120):
-                break
-            run.process.send_signal(number)
-            injected += 1
-            assert run.wait(120) not in (0, 3), "a stopped run must not look finished"
-            assert wait_until(lambda r=run: not r.processes("ray::", "raylet"), 60), "actors outlive their flow"
-    return bench.reckon(output, injected)
+    def disturb(run: Run) -> None:
+        run.process.send_signal(number)
+        assert run.wait(120) not in (0, 3), "a stopped run must not look finished"
+        _assert_no_actors(run)
+
+    return _disturbed(bench, output, rounds, disturb)
 
 
 @fault("Ctrl-C")
@@ -190,7 +189,6 @@ def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Rec
                 assert run.wait() in (1, 3)
             injected += 1
         subprocess.run(["mount", "-o", "remount," + size.format(50_000), output], check=True)
-        reckoning = bench.reckon(output, injected)
-        return reckoning
+        return bench.reckon(output, injected)
     finally:
         subprocess.run(["umount", "-l", output], check=False)

@@ -72,6 +72,10 @@ class Run:
         """Its living processes."""
         return processes(self.mark, *words)
 
+    def kill(self, *words: str) -> int:
+        """SIGKILL to its processes whose command line holds one of the words; how many there were."""
+        return _kill(self.processes(*words))
+
     def wait(self, seconds: float = 300) -> int:
         """Its exit code."""
         return self.process.wait(seconds)
@@ -123,7 +127,7 @@ class Bench:
         try:
             yield Run(process, mark)
         finally:
-            kill_all(mark)
+            _kill(processes(mark))
             process.wait()
 
     def reckon(self, output: str, injected: int, *options: str) -> Reckoning:
@@ -182,11 +186,11 @@ def processes(mark: str, *words: str) -> list[psutil.Process]:
     return found
 
 
-def kill_all(mark: str) -> None:
-    """SIGKILL to every process of a run."""
-    for process in processes(mark):
+def _kill(targets: list[psutil.Process]) -> int:
+    for process in targets:
         with contextlib.suppress(psutil.Error):
             process.kill()
+    return len(targets)
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> bool:

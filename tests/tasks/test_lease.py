@@ -1,5 +1,4 @@
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -9,7 +8,7 @@ import pytest
 
 from tasks import lease
 from tasks.lease import LeaseLostError, OutputBusyError, hold_output, last_generation, last_record
-from tasks.storage import Store
+from tasks.storage import Store, this_machine
 
 RECORD = {"run_id": "one", "archive": "in"}
 
@@ -76,7 +75,7 @@ def abandoned(output, **values):
     """The record of a run that was killed in a process of this machine that is gone."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    record = RECORD | {"host": socket.gethostname(), "pid": process.pid, "process_started": 1.0} | values
+    record = RECORD | {"machine": this_machine(), "pid": process.pid, "process_started": 1.0} | values
     output.write("runs/000001.json", json.dumps(record).encode())
     output.write("runs/000001.beat", b"7")
 
@@ -97,10 +96,10 @@ def test_a_process_that_only_has_the_same_number_is_not_the_run(output):
 def test_a_run_of_another_machine_is_watched(output, monkeypatch):
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.6)
     monkeypatch.setattr(lease, "BEAT_EVERY_SECONDS", 0.05)
-    abandoned(output, host="elsewhere")
+    abandoned(output, machine="elsewhere")
     with hold_output(output, RECORD) as held:  # its beat stands still
         assert held.generation == 2
-        record = json.loads(output.read("runs/000002.json")) | {"host": "elsewhere"}
+        record = json.loads(output.read("runs/000002.json")) | {"machine": "elsewhere"}
         output.write("runs/000002.json", json.dumps(record).encode())
         with pytest.raises(OutputBusyError, match="run 'one'"), hold_output(output, RECORD):  # this one's does not
             pass

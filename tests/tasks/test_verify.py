@@ -1,10 +1,12 @@
 import hashlib
+import io
 from datetime import UTC, datetime, timedelta
 
+import pyarrow.parquet as pq
 import pytest
 
 from tasks.lease import OutputBusyError, hold_output
-from tasks.manifest import ManifestError, commit_part, compact, query
+from tasks.manifest import SCHEMA, ManifestError, commit_part, compact, list_parts, query
 from tasks.storage import Store
 from tasks.verify import expire_fits, key_of, repair, verify
 from tests.tasks.test_manifest import row
@@ -99,6 +101,15 @@ def test_a_truncated_part_is_found_and_set_aside(output):
         assert query(output, "select count(*) from results").fetchall() == [(left,)]
     except ManifestError:
         assert left == 0
+
+
+def test_a_flipped_byte_in_a_part_is_found(output):
+    key = list_parts(output).all[0]
+    data = bytearray(output.read(key))
+    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(SCHEMA.get_field_index("target_prompt"))
+    data[column.data_page_offset + column.total_compressed_size - 8] ^= 1
+    output.write(key, bytes(data))
+    assert ("damaged part", key) in found(output)
 
 
 def test_a_row_that_is_there_twice_is_found(output):

@@ -1,0 +1,56 @@
+"""What the commands share: the app, the options, how errors and tables are printed."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Colorize black-and-white photographs by text (DiffColor, arXiv 2308.01655).
+
+    `colorize` does one picture, `run` a whole archive, `query` and `status` read what a run has left.
+
+    Exit codes: **0** all done; **1** failed; **2** wrong usage; **3** a run finished, but some of its
+    images were quarantined or failed: `diffcolor query OUTPUT "select image_key, error_message from
+    results where status <> 'ok'"` names them.""",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ModelOption = Annotated[
+    str, typer.Option(help="`demo`, a local diffusers folder, or a hub id at a commit: `owner/name@commit`.")
+]
+PresetOption = Annotated[
+    str, typer.Option(help="`demo`: seconds on a CPU, for the demo model. `paper`: 1500/500/1000 steps, a GPU's work.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of every random draw: same seed, same bytes.")]
+NumActorsOption = Annotated[int, typer.Option(min=1, help="Ray actors: images worked on at a time.")]
+GpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each; 0 runs on the CPU.")]
+RayOption = Annotated[str | None, typer.Option(help="An existing Ray cluster. Default: a local Ray for this run.")]
+RunIdOption = Annotated[str | None, typer.Option(help="Name of the run in the manifest. Default: its start time.")]
+OutputArgument = Annotated[str, typer.Argument(help="The folder (or fsspec URL) that `diffcolor run` wrote to.")]
+
+
+def fail(error: Exception, code: int) -> typer.Exit:
+    """Print the error; the exit to raise from it."""
+    errors.print(f"diffcolor: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+def print_table(names: list[str], rows: list[tuple[Any, ...]]) -> None:
+    """Rows under their column names."""
+    table = Table(*map(escape, names))
+    for row in rows:
+        table.add_row(
+            *(
+                "" if value is None else escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+                for value in row
+            )
+        )
+    console.print(table)
