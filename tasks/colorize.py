@@ -334,7 +334,8 @@ def ray_actors(
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve other processes of the machine
+    # Threads that spin for long starve other processes of the machine; that never spin, the steps themselves.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import ray
 
     started_here = not ray.is_initialized()
