@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 import socket
+import time
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 T = TypeVar("T")
 NUM_TRIES = 6
+CLAIM_SECONDS = 2.0
+"""How long a claim on a key stands before it is used, on stores without a conditional PUT."""
 TEMPORARY = ".tmp"
 """Folder of a local store for files that are not whole yet."""
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
@@ -108,9 +111,10 @@ class Store:
         os.replace(temporary, path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put `data` at `key` only if nothing is there; whether it was put. One conditional PUT on object stores.
+        """Put `data` at `key` only if nothing is there; whether it was put.
 
-        A PUT whose answer was lost and that is sent again finds its own bytes there: that counts as put.
+        One conditional PUT on object stores that have it, else a claim that costs `CLAIM_SECONDS`. A
+        PUT whose answer was lost and that is sent again finds its own bytes there: that counts as put.
         """
         path = self._path(key)
         if self.is_local:
@@ -122,21 +126,65 @@ class Store:
             finally:
                 os.unlink(temporary)
             return True
+        if not self.has_conditional_put:
+            return self._create_by_claim(key, data)
         tries = 0
 
         def put() -> bool:
             nonlocal tries
             tries += 1
-            try:
-                self.fs.pipe_file(path, data, mode="create")
-            except OSError as error:
-                if isinstance(error, FileExistsError) or _is_precondition(error):
-                    return False
-                raise
-            return True
+            return self._put_if_absent(path, data)
 
         won = self._patiently(put)
         return won or (tries > 1 and self.read(key) == data)
+
+    @cached_property
+    def has_conditional_put(self) -> bool:
+        """Whether this object store refuses a second PUT to a key on demand: found out by two that must differ."""
+        path = self._path(f"probe-{uuid.uuid4().hex}")
+        try:
+            self._patiently(lambda: self.fs.pipe_file(path, b"probe"))
+            return not self._put_if_absent(path, b"again")
+        except (TypeError, NotImplementedError):  # the filesystem does not know the mode
+            return False
+        finally:
+            self.fs.rm_file(path)
+
+    def _put_if_absent(self, path: str, data: bytes) -> bool:
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if isinstance(error, FileExistsError) or _is_precondition(error):
+                return False
+            raise
+        return True
+
+    def _create_by_claim(self, key: str, data: bytes) -> bool:
+        """For stores without a conditional PUT: of those who claim the key at one time the first by name puts.
+
+        Holds as long as a PUT and a listing take less than `CLAIM_SECONDS`. Claims that a killed
+        process has left are known by outliving twice that.
+        """
+        old = self._claims(key)
+        if old:
+            time.sleep(2 * CLAIM_SECONDS)
+            for claim in old & self._claims(key):
+                self.delete(claim)
+        mine = f"{key}.claim-{uuid.uuid4().hex}"
+        if self.has(key):
+            return False
+        self.write(mine, b"")
+        try:
+            time.sleep(CLAIM_SECONDS)
+            if self.has(key) or min(self._claims(key)) != mine:
+                return False
+            self.write(key, data)
+            return True
+        finally:
+            self.delete(mine)
+
+    def _claims(self, key: str) -> set[str]:
+        return {found for found, _ in self.walk(posixpath.dirname(key)) if found.startswith(f"{key}.claim-")}
 
     def delete(self, key: str) -> None:
         """Remove the file at `key`, if it is there."""

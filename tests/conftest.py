@@ -3,13 +3,18 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tasks.storage import Store
+from tests import s3_server
 
 os.environ["DO_NOT_TRACK"] = "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -21,6 +26,36 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The variables of a real S3 server on loopback; they are this process's too."""
+    folder = tmp_path_factory.mktemp("s3")
+    try:
+        variables = s3_server.start(folder, s3_server.free_port(), install="DIFFCOLOR_TEST_S3" in os.environ)
+    except s3_server.NoServerError as error:
+        pytest.skip(f"no S3 server: {error}")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("diffcolor-tests")
+        yield variables
+    s3_server.stop(folder)
+
+
+@pytest.fixture
+def s3_url(s3_environment) -> str:
+    """An empty folder on the real S3 server."""
+    return f"s3://diffcolor-tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request, tmp_path) -> Store:
+    """An empty folder on a disk, in memory, on an S3 server."""
+    if request.param == "s3":
+        return Store(request.getfixturevalue("s3_url"))
+    return Store(str(tmp_path / "it's out") if request.param == "local" else f"memory://{tmp_path}")
 
 
 def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip: bool = True) -> Path:

@@ -8,14 +8,14 @@ import pytest
 
 from tasks import lease
 from tasks.lease import LeaseLostError, OutputBusyError, hold_output, last_generation, last_record
-from tasks.storage import Store, this_machine
+from tasks.storage import this_machine
 
 RECORD = {"run_id": "one", "archive": "in"}
 
 
 @pytest.fixture
-def output(tmp_path):
-    return Store(str(tmp_path / "out"))
+def output(store):
+    return store
 
 
 def keys(output):

@@ -35,12 +35,9 @@ def row(image="a.png", variant="v", minutes=0, **values):
     } | values
 
 
-@pytest.fixture(params=["local", "memory"])
-def output(request, tmp_path):
-    store = Store(str(tmp_path / "it's out") if request.param == "local" else f"memory://{tmp_path.name}")
-    yield store
-    if request.param == "memory" and store.exists():
-        store.fs.rm(store.root, recursive=True)
+@pytest.fixture
+def output(store):
+    return store
 
 
 def test_the_schema_has_the_promised_columns_each_documented():

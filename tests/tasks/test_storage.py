@@ -1,19 +1,14 @@
 import os
 import threading
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, strategies as st
 
+from tasks import storage
 from tasks.storage import InvalidKeyError, Store, check_key, slug
-
-
-@pytest.fixture(params=["local", "memory"])
-def store(request, tmp_path):
-    url = str(tmp_path / "out") if request.param == "local" else f"memory://{tmp_path.name}"
-    store = Store(url)
-    yield store
-    if request.param == "memory":
-        store.fs.rm(store.root, recursive=True)
 
 
 def test_write_read_list(store):
@@ -33,8 +28,8 @@ def test_create_has_one_winner(store):
     assert store.read("part") == b"first"
 
 
-def test_create_has_one_winner_among_threads(tmp_path):
-    store, won = Store(str(tmp_path)), []
+def test_create_has_one_winner_among_threads(store):
+    won = []
     threads = [
         threading.Thread(target=lambda i=i: won.append(i) if store.create("part", b"%d" % i) else None)
         for i in range(16)
@@ -45,7 +40,57 @@ def test_create_has_one_winner_among_threads(tmp_path):
         thread.join()
     assert len(won) == 1
     assert store.read("part") == b"%d" % won[0]
-    assert sorted(p.name for p in tmp_path.rglob("*")) == [".tmp", "part"]  # no temporary file is left
+    assert [key for key, _ in store.list()] == ["part"]
+    if store.is_local:
+        assert os.listdir(f"{store.root}/.tmp") == []
+
+
+class OverwritingFileSystem(MemoryFileSystem):
+    """A store that ignores the condition of a PUT."""
+
+    protocol = "overwriting"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def pipe_file(self, path, value, mode="overwrite", **options):
+        super().pipe_file(path, value, mode="overwrite", **options)
+
+
+@pytest.fixture
+def overwriting(monkeypatch):
+    monkeypatch.setattr(storage, "CLAIM_SECONDS", 0.2)
+    fsspec.register_implementation("overwriting", OverwritingFileSystem, clobber=True)
+    store = Store("overwriting://archive")
+    yield store
+    OverwritingFileSystem.store.clear()
+
+
+def test_the_probe_tells_who_has_conditional_puts(overwriting):
+    assert Store("memory://probed").has_conditional_put
+    assert not overwriting.has_conditional_put
+    assert overwriting.list() == []
+
+
+def test_create_by_claims_has_one_winner(overwriting):
+    won = []
+    threads = [
+        threading.Thread(target=lambda i=i: won.append(i) if overwriting.create("runs/1", b"%d" % i) else None)
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert overwriting.read("runs/1") == b"%d" % won[0]
+    assert [key for key, _ in overwriting.list()] == ["runs/1"]
+    assert not overwriting.create("runs/1", b"late")
+
+
+def test_the_claim_of_a_killed_process_does_not_stand_for_ever(overwriting):
+    overwriting.write("runs/1.claim-0000", b"")
+    assert overwriting.create("runs/1", b"mine")
+    assert [key for key, _ in overwriting.list()] == ["runs/1"]
 
 
 def test_the_version_changes_with_the_content(tmp_path):
@@ -75,24 +120,6 @@ def test_a_slug_is_always_a_safe_part_of_a_key(text):
     assert not part.startswith(".")
 
 
-def test_s3_by_a_mock(monkeypatch):
-    """The conditional PUT as s3fs does it. (moto is a mock: the real server comes with the fault suite.)"""
-    server_module = pytest.importorskip("moto.server")
-    import boto3
-
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    try:
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="archive")
-        store = Store("s3://archive/run")
-        assert store.create("manifest/part.parquet", b"first")
-        assert not store.create("manifest/part.parquet", b"second")
-        assert store.read("manifest/part.parquet") == b"first"
-        assert [key for key, _ in store.list()] == ["manifest/part.parquet"]
-        assert store.uri("a.png") == "s3://archive/run/a.png"
-    finally:
-        server.stop()
+def test_what_an_object_store_calls_a_key(s3_url):
+    assert Store(s3_url).uri("a.png") == f"{s3_url}/a.png"
+    assert Store(s3_url).has_conditional_put
