@@ -4,6 +4,7 @@ Step counts and rates marked [P] are the paper's, [A] the author's prototype's, 
 (`../shared/method.md` keeps the marks' meaning).
 """
 
+import difflib
 import hashlib
 import json
 from typing import Literal
@@ -173,5 +174,7 @@ def preset(name: str) -> Settings:
     Raises ValueError with the names there are.
     """
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}: choose one of {', '.join(sorted(PRESETS))}")
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"no preset {name!r}{hint}: choose one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]

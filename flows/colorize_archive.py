@@ -1,19 +1,22 @@
 """The flow `colorize-archive`: a folder of scans to colorized images and a manifest."""
 
+import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from diffcolor_core.config import preset as settings_preset
 from diffcolor_core.models import identify
+from flows.stopping import mark_crashed
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
 from tasks.colorize import ActorPool, colorize_on, ray_actors
 from tasks.lease import Lease, hold_output
@@ -24,8 +27,10 @@ from tasks.storage import Store
 
 COMMIT_SECONDS = 300.0
 """A part is committed after so long even if it holds few images."""
+MAX_TASK_RUNS = 1000
+"""Of one flow run: Prefect's server and pages become slow with thousands."""
 
-
+ShardFuture = PrefectFuture[Counter[str]]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
@@ -37,7 +42,7 @@ def colorize_shard(
     pool: ActorPool,
     progress: RunProgress,
     commit_every: int,
-    image_timeout_seconds: float | None,
+    image_timeout_seconds: float,
 ) -> Counter[str]:
     """Colour a shard's images on one actor and commit their rows in parts."""
     output = Store(config.output)
@@ -67,6 +72,33 @@ def colorize_shard(
     return counts
 
 
+@flow(name="colorize-range", validate_parameters=False)
+def colorize_range(submit_next: Callable[[], ShardFuture | None], num_actors: int) -> Counter[str]:
+    """Work through up to `MAX_TASK_RUNS` shards, one for each actor at a time; the variants by status.
+
+    submit_next submits the next shard, and returns None when there is none left.
+    """
+    counts: Counter[str] = Counter()
+    active: set[ShardFuture] = set()
+    for _ in range(MAX_TASK_RUNS):
+        if len(active) == num_actors:
+            counts += _first_result(active)
+        future = submit_next()
+        if future is None:
+            break
+        active.add(future)
+    while active:
+        counts += _first_result(active)
+    return counts
+
+
+def _first_result(active: set[ShardFuture]) -> Counter[str]:
+    """The result of the shard that ends first; it is active no more."""
+    finished = next(iter(as_completed(list(active))))
+    active.remove(finished)
+    return finished.result()
+
+
 @flow(name="colorize-archive")
 def colorize_archive(
     archive: str,
@@ -87,7 +119,7 @@ def colorize_archive(
     keep_fits: bool = True,
     retry: Literal["failed", "quarantined"] = "failed",
     commit_every: AtLeastOne = 8,
-    image_timeout_seconds: Annotated[float, Field(gt=0)] | None = None,
+    image_timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0,
     whole_archive: bool = True,
 ) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
@@ -113,7 +145,7 @@ def colorize_archive(
         keep_fits: Keep each fit beside the images, so that later prompts need no fitting.
         retry: What is tried again besides what is not done: "failed", or "quarantined" as well.
         commit_every: Images per manifest part: what a crash may lose of a shard's work.
-        image_timeout_seconds: Kill an image's actor after so long; by default never.
+        image_timeout_seconds: Kill an image's actor after so long: a decoder or a driver may hang.
         whole_archive: Off, only the images that the catalog names.
     """
     logger = get_run_logger()
@@ -138,8 +170,10 @@ def colorize_archive(
     if not source.exists():
         raise FileNotFoundError(f"there is no archive at {archive!r}")
     rows = read_catalog(source, catalog, required=COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS)
-    with hold_output(target, config.record()) as lease:
+    with hold_output(target, config.record() | {"flow_run_id": flow_run.id}) as lease:
         config = replace(config, generation=lease.generation)
+        if lease.took_over and lease.took_over.get("flow_run_id"):
+            mark_crashed(lease.took_over["flow_run_id"], f"taken over by run {config.run_id}: its process is dead")
         target.sweep()
         # 2. list the archive, join the catalog, leave out what is done
         with open_plan(
@@ -160,18 +194,18 @@ def colorize_archive(
                     ) as pool,
                     RunProgress(plan.num_images, logger) as progress,
                 ):
+                    how = (config, lease, pool, progress, commit_every, image_timeout_seconds)
                     waiting = plan.shards(shard_size)
 
-                    def submit(count: int) -> set[PrefectFuture[Counter[str]]]:
-                        how = (config, lease, pool, progress, commit_every, image_timeout_seconds)
-                        return {colorize_shard.submit(shard, *how) for shard in islice(waiting, count)}
+                    def submit_next() -> ShardFuture | None:
+                        shard = next(waiting, None)
+                        return None if shard is None else colorize_shard.submit(shard, *how)
 
-                    active = submit(num_actors)
-                    while active:
-                        finished = next(iter(as_completed(list(active))))
-                        active.remove(finished)
-                        counts += finished.result()
-                        active |= submit(1)
+                    # Beyond MAX_TASK_RUNS shards each range of them is a child flow.
+                    num_ranges = math.ceil(plan.num_images / (shard_size * MAX_TASK_RUNS))
+                    work_through = colorize_range if num_ranges > 1 else colorize_range.fn
+                    for _ in range(num_ranges):
+                        counts += work_through(submit_next, num_actors)
         # 4. summary
         summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
         lease.end({"status": "finished", **summary} if plan.num_images else None)

@@ -1,4 +1,4 @@
-"""How a run in this process is stopped from outside."""
+"""How a run in this process is stopped from outside, and how Prefect hears of one that was killed."""
 
 import os
 import signal
@@ -7,6 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
 
 GRACE_SECONDS = 90.0
 """For committing what is finished and telling Prefect, whose server may be gone already."""
@@ -38,3 +43,14 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def mark_crashed(flow_run_id: str, reason: str) -> None:
+    """Tell Prefect that a flow run is dead. A killed process cannot: its run would stay "Running" for ever."""
+    with get_client(sync_client=True) as client:
+        try:
+            state = client.read_flow_run(UUID(flow_run_id)).state
+        except ObjectNotFound:  # a run of another Prefect server
+            return
+        if state is None or not state.is_final():
+            client.set_flow_run_state(UUID(flow_run_id), Crashed(message=reason), force=True)

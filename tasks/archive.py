@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import IO
 
 import pyarrow.parquet as pq
+from pyarrow.lib import ArrowException
 
 from tasks.storage import Store
 
@@ -96,18 +97,24 @@ def read_catalog(
 
 
 def _rows(store: Store, key: str, name: str, required: tuple[str, ...]) -> Iterator[CatalogRow]:
+    number = 0
     try:
         with store.open(key) as file:
             for number, record in enumerate(_records(file, name, required), 1):
                 yield _row(number, record)
-    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise CatalogError(f"catalog {name!r}: not UTF-8 somewhere after row {number}: {error}") from error
+    except (ValueError, RecursionError, csv.Error, ArrowException) as error:
         raise CatalogError(f"catalog {name!r}: {error}") from error
 
 
 def _records(file: IO[bytes], name: str, required: tuple[str, ...]) -> Iterator[dict[str, object]]:
     if name.endswith(".parquet"):
-        for batch in pq.ParquetFile(file).iter_batches(10_000):
-            yield from batch.to_pylist()
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(10_000):
+                yield from batch.to_pylist()
+        except OSError as error:  # how pyarrow calls a damaged file
+            raise ValueError(f"not to be read as Parquet: {error}") from error
     elif name.endswith(".jsonl"):
         for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
             if line.strip():
@@ -138,11 +145,11 @@ def _row(number: int, record: dict[str, object]) -> CatalogRow:
             raise ValueError(
                 f"row {number}: {column} has {len(value)} characters, the limit is {MAX_PROMPT_CHARACTERS}"
             )
-        values.append(value.strip() if value else None)
+        values.append((value or "").strip() or None)
     image, context_prompt, target_prompt = values
     if image is None:
         raise ValueError(f"row {number}: no image is named")
-    return CatalogRow(number, image, context_prompt or None, target_prompt or None)
+    return CatalogRow(number, image, context_prompt, target_prompt)
 
 
 def is_image_key(key: str) -> bool:

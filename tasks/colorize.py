@@ -22,11 +22,13 @@ from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, __version__, r
 from diffcolor_core.fits import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.planning import PlannedImage, RunConfig
-from tasks.storage import Store, slug
+from tasks.storage import OversizeError, Store, slug
 
 Row = dict[str, Any]
 MAX_ATTEMPTS = 3
 """How often an image may kill its actor before it is quarantined."""
+MAX_FILE_BYTES = 4 * 2**30
+"""Of an image file: four times what the largest picture that is read holds in 16 bits."""
 MAX_NODE_LOSSES = 20
 """How often an image is tried again because a whole machine was lost under it."""
 
@@ -64,7 +66,10 @@ class ImageWorker:
         again. Where memory runs out, a smaller working size is tried once, and recorded.
         """
         started_at = datetime.now(UTC)
-        data = self.archive.read(planned.work.image_key)
+        try:
+            data = self.archive.read(planned.work.image_key, max_bytes=MAX_FILE_BYTES)
+        except OversizeError as error:
+            return error_rows(self.config, planned, "quarantined", error)
         shared: Row = {"started_at": started_at, "input_sha256": hashlib.sha256(data).hexdigest()}
         adopted, planned = self._adopt(planned, shared)
         if not planned.attempts:
@@ -361,7 +366,7 @@ def ray_actors(
 
 
 def colorize_on(
-    actor: PooledActor, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float | None = None
+    actor: PooledActor, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float
 ) -> list[Row]:
     """Colour one image on an actor. Every outcome is rows: this raises only if no actor can be started.
 
@@ -383,7 +388,7 @@ def colorize_on(
             if done:
                 return list(ray.get(reference))
             ray.kill(actor.handle, no_restart=False)
-            deaths.append(f"no result within {image_timeout_seconds:.0f} s")
+            deaths.append(f"no result within {image_timeout_seconds:.0f} s (--image-timeout)")
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
         except ray.exceptions.RayActorError as error:

@@ -40,8 +40,10 @@ class LeaseLostError(RuntimeError):
 class Lease:
     """The right to write to an output, held until `LeaseLostError` says otherwise."""
 
-    def __init__(self, output: Store, generation: int) -> None:
+    def __init__(self, output: Store, generation: int, took_over: Mapping[str, Any] | None) -> None:
         self.output, self.generation = output, generation
+        self.took_over = took_over
+        """The record of the run before, if that one died without an end."""
         self._ended = threading.Event()
         self._number = 0
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -86,13 +88,12 @@ def hold_output(output: Store, record: Mapping[str, Any]) -> Iterator[Lease]:
     Raises OutputBusyError while another run is alive on this output.
     """
     last = last_generation(output)
-    if last and not output.has(_key(last, "end")):
-        _wait_until_dead(output, last)
+    dead = _dead_run(output, last) if last and not output.has(_key(last, "end")) else None
     generation = last + 1
     mine = {**record, "generation": generation, "opened_at": datetime.now(UTC).isoformat(), **_identity()}
     if not output.create(_key(generation, "json"), json.dumps(mine, indent=2).encode()):
         raise OutputBusyError(f"another run has started on {output.url!r} at this moment: wait for it, or stop it")
-    lease = Lease(output, generation)
+    lease = Lease(output, generation, dead)
     lease.start()
     try:
         yield lease
@@ -134,24 +135,28 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _wait_until_dead(output: Store, generation: int) -> None:
-    """Return once the run is known to be dead. Raises OutputBusyError if it lives."""
-    record = json.loads(output.read(_key(generation, "json")))
+def _dead_run(output: Store, generation: int) -> dict[str, Any] | None:
+    """The record of a run that is known to be dead; None if it ends meanwhile.
+
+    Raises OutputBusyError if it lives.
+    """
+    record: dict[str, Any] = json.loads(output.read(_key(generation, "json")))
     who = f"run {record.get('run_id')!r} (process {record.get('pid')} on {record.get('host')})"
     busy = OutputBusyError(f"{who} is working on {output.url!r}: wait for it, or stop it")
     if record.get("machine") == this_machine():
         if _lives(record):
             raise busy
-        return
+        return record
     logger.warning("%s has left no end: watching for %.0f s whether it lives", who, PATIENCE_SECONDS)
     before, deadline = _beat_of(output, generation), time.monotonic() + PATIENCE_SECONDS
     pause = threading.Event()
     while time.monotonic() < deadline:
         pause.wait(PATIENCE_SECONDS / 15)
         if output.has(_key(generation, "end")):
-            return
+            return None
         if _beat_of(output, generation) != before:
             raise busy
+    return record
 
 
 def _lives(record: Mapping[str, Any]) -> bool:

@@ -34,6 +34,10 @@ class InvalidKeyError(ValueError):
     """A key that would leave the store's root, or that no store can hold."""
 
 
+class OversizeError(ValueError):
+    """A file larger than what is read at once."""
+
+
 def check_key(key: str) -> str:
     """`key` itself, if it is a plain relative path below the root.
 
@@ -91,9 +95,13 @@ class Store:
         path = posixpath.join(self.root, check_key(key))
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
-    def read(self, key: str) -> bytes:
-        """The bytes at `key`. Raises FileNotFoundError."""
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        """The bytes at `key`. Raises FileNotFoundError; OversizeError, without reading, if there are too many."""
         path = self._path(key)
+        if max_bytes is not None:
+            size = self._patiently(lambda: int(self.fs.info(path)["size"]))
+            if size > max_bytes:
+                raise OversizeError(f"{key!r} has {size} bytes, the limit is {max_bytes}")
         return self._patiently(lambda: bytes(self.fs.cat_file(path)))
 
     def open(self, key: str) -> IO[bytes]:

@@ -134,8 +134,8 @@ def run(
     ] = "failed",
     commit_every: Annotated[int, typer.Option(min=1, help="Images per manifest part: what a crash may lose.")] = 8,
     image_timeout: Annotated[
-        float | None, typer.Option(min=1, help="Seconds after which an image's actor is killed. Default: never.")
-    ] = None,
+        float, typer.Option(min=1, help="Seconds after which an image's actor is killed: a decoder may hang.")
+    ] = 3600.0,
 ) -> None:
     """Colorize an archive: the Prefect flow `colorize-archive` in this process, on local Ray by default.
 

@@ -4,6 +4,7 @@ import os
 import threading
 
 from diffcolor_core import Fit
+from tasks import colorize
 from tasks.colorize import ImageWorker, Row
 from tasks.planning import PlannedImage
 
@@ -21,6 +22,14 @@ class HangingWorker(ImageWorker):
     def colorize(self, planned: PlannedImage) -> list[Row]:
         if planned.work.image_key == "broken.jpg":
             threading.Event().wait()
+        return super().colorize(planned)
+
+
+class SmallEyedWorker(ImageWorker):
+    """Reads files of 10 bytes at most."""
+
+    def colorize(self, planned: PlannedImage) -> list[Row]:
+        colorize.MAX_FILE_BYTES = 10
         return super().colorize(planned)
 
 

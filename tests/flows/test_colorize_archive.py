@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -6,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
+from prefect.states import Running
 
 from diffcolor_core import read_scan
 from flows.colorize_archive import colorize_archive
@@ -136,6 +140,49 @@ def test_of_two_runs_on_one_output_the_second_is_refused(small_archive, tiny_fol
     ):
         colorize_archive(**arguments)
     assert not (tmp_path / "out" / "manifest").exists()
+
+
+def test_more_shards_than_a_flow_run_should_hold_are_given_to_child_flows(
+    small_archive, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flows.colorize_archive.MAX_TASK_RUNS", 2)
+    arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
+    state = colorize_archive(**arguments, num_actors=2, shard_size=1, return_state=True)
+    assert state.result() == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
+    with get_client(sync_client=True) as client:
+        parent = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[state.state_details.flow_run_id]))
+        ranges = client.read_flow_runs(flow_run_filter=parent)
+        held = [
+            len(client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))))
+            for run in ranges
+        ]
+    assert held == [2, 2]
+
+
+def test_prefect_hears_of_a_run_whose_process_was_killed(small_archive, tiny_folder, tmp_path):
+    output = Store(str(tmp_path / "out"))
+    with get_client(sync_client=True) as client:
+        zombie = client.create_flow_run(colorize_archive, state=Running())
+        with hold_output(output, {"run_id": "killed", "flow_run_id": str(zombie.id)}) as lease:
+            lease.end({})
+        record = json.loads(output.read("runs/000001.json"))
+        output.write("runs/000001.json", json.dumps(record | {"process_started": 1.0}).encode())
+        output.delete("runs/000001.end")
+        colorize_archive(archive=str(small_archive), output=output.url, model=str(tiny_folder), limit=1)
+        assert client.read_flow_run(zombie.id).state.is_crashed()
+
+
+def test_a_file_that_is_too_large_is_not_read(small_archive, tiny_folder, tmp_path, monkeypatch):
+    from tasks import colorize
+    from tests.flows.deadly import SmallEyedWorker
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(colorize, "ImageWorker", SmallEyedWorker)
+    summary = colorize_archive(archive=str(small_archive), output=str(output), model=str(tiny_folder))
+    assert summary == {"ok": 0, "quarantined": 5, "failed": 0, "done_before": 0}
+    messages = ask(output, "select error_message from results where error_class = 'OversizeError'")
+    assert len(messages) == 5
+    assert "bytes, the limit is 10" in messages[0][0]
 
 
 def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder, tmp_path, monkeypatch):

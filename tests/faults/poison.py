@@ -1,0 +1,31 @@
+"""A worker whose decoder meets images that hang it, crash it, or eat its memory."""
+
+import faulthandler
+import resource
+import threading
+
+import psutil
+
+from tasks.colorize import ImageWorker, Row
+from tasks.planning import PlannedImage
+
+HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"
+
+
+class PoisonedWorker(ImageWorker):
+    """Does to three images by name what a broken decoder would do."""
+
+    def colorize(self, planned: PlannedImage) -> list[Row]:
+        name = planned.work.image_key
+        if name == HANG:
+            threading.Event().wait()
+        if name == SEGFAULT:
+            faulthandler._sigsegv()
+        if name == BALLOON:
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**30, before[1]))
+            try:
+                bytearray(2**34)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+        return super().colorize(planned)
