@@ -7,6 +7,7 @@ itself, so that a neutral pixel has a* = b* = 0 to rounding.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -106,6 +107,7 @@ def lock_luminance(chroma: Tensor, lightness_star: Tensor) -> Tensor:
     return lab_to_srgb(fit_gamut(torch.cat((lightness_star, chroma), dim=-3))).clamp(0, 1)
 
 
+@lru_cache(maxsize=1024)  # the same region is asked about several times on the way to a result
 def max_chroma(lightness_star: float, hue_degrees: float) -> float:
     """The largest chroma C*ab that sRGB can show at one L* and hue (degrees)."""
     hue = math.radians(hue_degrees)

@@ -7,7 +7,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,7 +20,7 @@ from diffcolor_core.images import Picture, Scan, gray_input, read_scan, resize
 from diffcolor_core.in_context import finetune_model, optimise_embedding
 from diffcolor_core.metrics import abs_delta_l, colorfulness
 from diffcolor_core.models import Checkpoint, load_checkpoint
-from diffcolor_core.painter import Choice, Painter
+from diffcolor_core.painter import Choice, FittedModel, Painter
 from diffcolor_core.prior import Progress, colorize_with_prior
 from diffcolor_core.prompts import insert_identifiers, rare_tokens
 
@@ -68,7 +67,7 @@ class DiffColor:
         self.settings = (
             settings if settings is not None else preset("demo" if checkpoint.model_id == "demo" else "paper")
         )
-        self._last_fitted: tuple[Fit, UNet2DConditionModel] | None = None  # many prompts, one loading of theta
+        self._last_fitted: FittedModel | None = None  # many prompts, one loading of theta
 
     @classmethod
     def from_pretrained(
@@ -181,7 +180,7 @@ class DiffColor:
             stage1_seconds=middle - start,
             stage2_seconds=end - middle,
         )
-        self._last_fitted = (fit, unet.requires_grad_(False))
+        self._last_fitted = FittedModel(fit, unet.requires_grad_(False))
         return fit
 
     def load_fit(self, url: str, image: Scan | bytes | str | Path | None = None) -> Fit:
@@ -227,11 +226,11 @@ class DiffColor:
             return self._result(fit, fit.primary_picture, None, start, fit.primary, fit.primary)
         prompts = [target_prompt] if isinstance(target_prompt, str) else target_prompt
         before, before_prompt = (fit.primary, fit.context_prompt) if base is None else (base.working, base.prompt)
-        if self._last_fitted is None or self._last_fitted[0] is not fit:
+        if self._last_fitted is None or self._last_fitted.fit is not fit:
             self._last_fitted = None  # before the next copy is made
             unet = fitted_unet(self.checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
-            self._last_fitted = (fit, unet)
-        painter = Painter(self.checkpoint, fit, before, self._last_fitted[1])
+            self._last_fitted = FittedModel(fit, unet)
+        painter = Painter(self.checkpoint, self._last_fitted, before)
         results = []
         phrases = [colored_phrases(prompt, before_prompt) for prompt in prompts]
         choices = painter.choose(prompts, phrases, fit.settings.stage2.alphas if alpha is None else (alpha,))

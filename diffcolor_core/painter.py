@@ -1,7 +1,7 @@
 """Stage 2, steps 4 and 5, for the prompts of one call: candidates, the choice among them, what they may change."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -35,17 +35,26 @@ class _Job:
     masks: Tensor
 
 
+@dataclass(frozen=True)
+class FittedModel:
+    """What all recolouring of one fit shares: its weights in a UNet, and where its nouns are, by plain prompt."""
+
+    fit: Fit
+    unet: UNet2DConditionModel
+    regions: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Painter:
     """Step 4 and 5 of stage 2 for the prompts of one call: candidates, their choice, what they may change."""
 
     BATCH = 8  # pictures generated at a time
 
-    def __init__(self, checkpoint: Checkpoint, fit: Fit, before: Tensor, unet: UNet2DConditionModel) -> None:
-        self.checkpoint, self.fit, self.before, self.unet = checkpoint, fit, before, unet
-        self.e_opt = fit.prompt_embeds.to(checkpoint.device)
+    def __init__(self, checkpoint: Checkpoint, fitted: FittedModel, before: Tensor) -> None:
+        self.checkpoint, self.before = checkpoint, before
+        self.fit, self.unet, self._regions = fitted.fit, fitted.unet, fitted.regions
+        self.e_opt = self.fit.prompt_embeds.to(checkpoint.device)
         self.e_empty = checkpoint.encode_prompts([""])
         self.z = checkpoint.encode(before[None].to(checkpoint.device))
-        self._regions: dict[str, Tensor] = {}
 
     def choose(
         self, prompts: Sequence[str], phrases: Sequence[list[ColoredPhrase]], alphas: Sequence[float]
