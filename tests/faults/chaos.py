@@ -1,56 +1,99 @@
-"""`make chaos`: every fault again and again, and a table of what it did.
+"""`make chaos`: every fault again and again, on a local disk and on an S3 server, and a table of what it did.
 
 python -m tests.faults.chaos --rounds 10 [--only "Ctrl-C"]
 """
 
 import json
+import os
 import random
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import fsspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from tests.conftest import save_tiny_checkpoint
-from tests.faults.faults import FAULTS
-from tests.faults.harness import Bench
+from tests.faults.faults import FAULTS, LOCAL, S3, Fault, NotHereError
+from tests.faults.harness import NUM_IMAGES, Bench
+from tests.s3_server import NoServerError, free_port, start, stop
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Injections of each kind.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the random moments.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Only this fault; repeat it.")] = None,
+    store: Annotated[list[str] | None, typer.Option(help="Only on this store, local or s3.")] = None,
+    images: Annotated[int, typer.Option(help="Good images in the archive.")] = NUM_IMAGES,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here too.")] = None,
 ) -> None:
     """Exit 1 if anything was lost, done twice, changed or left behind."""
-    table = Table("fault", "injected", "lost", "doubled", "same bytes", "left behind", "resumed in")
-    records, bad = [], False
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.prepare(Path(folder, "bench"), save_tiny_checkpoint(Path(folder, "model")))
-        for number, (name, inject) in enumerate(FAULTS.items()):
-            if only and name not in only:
-                continue
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = save_tiny_checkpoint(folder / "model")
+        for kind in store or (LOCAL, S3):
+            faults = {name: inject for name, (inject, stores) in FAULTS.items() if kind in stores}
+            chosen = {name: inject for name, inject in faults.items() if not only or name in only}
             try:
-                r = inject(bench, f"{folder}/out-{number}", rounds, random.Random(seed))
-                r.check()
-            except Exception as error:
-                bad = True
-                traceback.print_exc()
-                table.add_row(name, "", "", "", "", str(error)[:300], "")
-                continue
-            print(f"{name}: {r}", flush=True)
-            table.add_row(
-                *(name, str(r.injected), str(r.lost), str(r.doubled), "yes" if r.identical else "NO"),
-                *(str(len(r.litter)), f"{r.seconds:.0f} s"),
-            )
-            records.append({"fault": name} | {k: v for k, v in vars(r).items() if k != "notes"})
-    Console(width=140).print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(records, indent=1) + "\n")
-    raise typer.Exit(bad)
+                bench = Bench.prepare(folder / kind, model, num_images=images, **outputs_on(kind, folder))
+                for number, (name, inject) in enumerate(chosen.items()):
+                    output = f"{bench.outputs}/out-{number}"
+                    records.append({"fault": name, "store": kind, **attempt(inject, bench, output, rounds, seed)})
+                    print(records[-1], flush=True)
+                    if json_file is not None:
+                        json_file.write_text(json.dumps(records, indent=1) + "\n")
+            except NoServerError as error:
+                print(f"not on {kind}: {error}")
+            finally:
+                stop(folder / "server")
+    Console(width=140).print(table_of(records))
+    raise typer.Exit(any("error" in record for record in records))
+
+
+def outputs_on(kind: str, folder: Path) -> dict[str, Any]:
+    """Where a bench's outputs go, with the variables that reach them. Raises NoServerError."""
+    if kind == LOCAL:
+        return {}
+    environment = start(folder / "server", free_port())
+    os.environ.update(environment)
+    fsspec.filesystem("s3").mkdir("chaos")
+    return {"outputs": "s3://chaos", "environment": environment}
+
+
+def attempt(inject: Fault, bench: Bench, output: str, rounds: int, seed: int) -> dict[str, Any]:
+    """The reckoning of one fault as a record; what was not as it must be under "error"."""
+    try:
+        reckoning = inject(bench, output, rounds, random.Random(seed))
+    except NotHereError as reason:
+        return {"not_here": str(reason)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": str(error)[:500]}
+    try:
+        reckoning.check()
+    except AssertionError as error:
+        return vars(reckoning) | {"error": str(error)[:500]}
+    return vars(reckoning)
+
+
+def table_of(records: list[dict[str, Any]]) -> Table:
+    """For people."""
+    table = Table("fault", "store", "injected", "lost", "doubled", "same bytes", "left behind", "resumed in", "")
+    for r in records:
+        remark = str(r.get("error", r.get("not_here", "")))[:60]
+        if "injected" not in r:
+            table.add_row(r["fault"], r["store"], *[""] * 6, remark)
+            continue
+        figures = (r["injected"], r["lost"], r["doubled"], "yes" if r["identical"] else "NO", len(r["litter"]))
+        table.add_row(r["fault"], r["store"], *map(str, figures), f"{r['seconds']:.0f} s", remark)
+    counted = [r for r in records if "injected" in r]
+    total = [str(sum(r[column] for r in counted)) for column in ("injected", "lost", "doubled")]
+    table.add_row(f"all {len({r['fault'] for r in counted})} kinds", "", *total, "", "", "", "", style="bold")
+    return table
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The faults: each is injected into runs over an archive of its own output, then the archive is resumed and counted."""
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -11,16 +12,26 @@ from pathlib import Path
 
 import psutil
 
+from tasks.colorize import MAX_ATTEMPTS
+from tasks.manifest import query
 from tasks.storage import Store
 from tests.faults.harness import Bench, Reckoning, Run, committed, wait_until
+from tests.faults.poison import BALLOON, HANG, SEGFAULT
+from tests.faults.proxy import faulty_proxy
 
 Fault = Callable[[Bench, str, int, random.Random], Reckoning]
-FAULTS: dict[str, Fault] = {}
+LOCAL, S3 = "local", "s3"
+FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {}
+"""By name: how it is injected, and into runs on which stores."""
 
 
-def fault(name: str) -> Callable[[Fault], Fault]:
+class NotHereError(RuntimeError):
+    """A fault that cannot be injected on this machine, and why."""
+
+
+def fault(name: str, *stores: str) -> Callable[[Fault], Fault]:
     def register(function: Fault) -> Fault:
-        FAULTS[name] = function
+        FAULTS[name] = (function, stores or (LOCAL, S3))
         return function
 
     return register
@@ -134,8 +145,9 @@ def _repaired(bench: Bench, output: str, rounds: int, damage: Callable[[Store, l
     """Damage to a finished output, found and mended by `verify --repair` and a run."""
     from tasks.verify import repair, verify
 
-    shutil.copytree(bench.folder / "undisturbed", output)
     store = Store(output)
+    for key, _ in bench.undisturbed.list():
+        store.write(key, bench.undisturbed.read(key))
     for _ in range(rounds):
         damage(store, [key for key, _ in store.list() if key.startswith(("images/", "manifest/"))])
         findings = [f for f in verify(store) if f.kind != "extra"]
@@ -176,9 +188,11 @@ def truncate_part(bench: Bench, output: str, rounds: int, rng: random.Random) ->
     return _repaired(bench, output, rounds, damage)
 
 
-@fault("disk full")
+@fault("disk full", LOCAL)
 def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
     """A file system of so little space that the run fails; then room is made. Needs the right to mount."""
+    if os.geteuid() != 0:
+        raise NotHereError("only root may mount a small file system")
     Path(output).mkdir(parents=True)
     size = "size={}k"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size.format(150), "tmpfs", output], check=True, capture_output=True)
@@ -192,3 +206,73 @@ def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Rec
         return bench.reckon(output, injected)
     finally:
         subprocess.run(["umount", "-l", output], check=False)
+
+
+@fault("images that hang, crash or fill the memory", LOCAL)
+def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    """Three among the good ones: of two the actor dies at each attempt, the third's memory runs out twice."""
+    archive = bench.folder / "poisoned"
+    shutil.copytree(bench.archive, archive)
+    with (archive / "catalog.csv").open("a") as catalog:
+        for name in (HANG, SEGFAULT, BALLOON):
+            shutil.copy(archive / "0.png", archive / name)
+            catalog.write(f"{name},a ball on a table,\n")
+    with bench.run(output, "--image-timeout", "40", archive=archive, environment={"DIFFCOLOR_POISON": "1"}) as run:
+        assert run.wait(900) == 3
+    rows = query(Store(output), "select image_key, status, error_class from results where status <> 'ok'").fetchall()
+    assert sorted(rows) == [
+        (BALLOON, "failed", "MemoryError"),
+        ("broken.jpg", "quarantined", "UnreadableImageError"),
+        (HANG, "quarantined", "DeadlyImageError"),
+        (SEGFAULT, "quarantined", "DeadlyImageError"),
+    ]
+    return bench.reckon(output, 2 * MAX_ATTEMPTS + 1, archive)
+
+
+@fault("clock jumps", LOCAL)
+def clock_jumps(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    """An hour back, a day forth, in the middle of a run. Needs Debian's faketime."""
+    library = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+    if not library.exists():
+        raise NotHereError("faketime is not installed")
+    offset = bench.folder / "clock"
+    environment = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    injected = 0
+    for _ in range(rounds):
+        offset.write_text("+0")
+        with bench.run(output, "--limit", str(2 * injected + 2), environment=environment) as run:
+            for jump in ("-3600", "+86400"):
+                if wait_until(partial(_working, run), 120):
+                    offset.write_text(jump)
+                    injected += 1
+            run.wait()
+    return bench.reckon(output, injected)
+
+
+def _spoiling(kind: str) -> Fault:
+    """Runs through a proxy that spoils a tenth of the calls to the store."""
+
+    def inject(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+        with faulty_proxy(bench.environment["AWS_ENDPOINT_URL"], (kind,), 0.1, rng) as proxy:
+            for _ in range(rounds):
+                with bench.run(output, environment={"AWS_ENDPOINT_URL": proxy.url}) as run:
+                    if run.wait(900) in (0, 3):
+                        break
+        return bench.reckon(output, proxy.injected.total())
+
+    return inject
+
+
+for _kind, _name in {
+    "500": "store answers 500",
+    "503": "store answers 503",
+    "slow": "store answers late",
+    "cut before": "connection cut before the store has heard",
+    "cut after": "connection cut before the store's answer",
+}.items():
+    fault(_name, S3)(_spoiling(_kind))

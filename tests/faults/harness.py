@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from tasks.manifest import ManifestError, query
 from tasks.storage import TEMPORARY, Store
-from tasks.verify import verify
+from tasks.verify import key_of, verify
 from tests.conftest import gray_picture
 
 NUM_IMAGES = 8
@@ -40,18 +40,17 @@ class Reckoning:
     findings: list[str]
     litter: list[str]
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         assert self.injected > 0
         assert (self.lost, self.doubled, self.identical, self.findings, self.litter) == (0, 0, True, [], []), self
 
 
-def make_archive(folder: Path) -> Path:
+def make_archive(folder: Path, num_images: int) -> Path:
     """Small scans with a catalog, one of them no picture."""
     folder.mkdir(parents=True)
     lines = ["image,context_prompt,target_prompt"]
-    for number in range(NUM_IMAGES):
+    for number in range(num_images):
         Image.fromarray(gray_picture(seed=number)).save(folder / f"{number}.png")
         lines.append(f"{number}.png,a ball on a table,a red ball on a green table")
     lines.append("0.png,a ball on a table,a blue ball on a green table")
@@ -83,24 +82,54 @@ class Run:
 
 @dataclass
 class Bench:
-    """An archive, its undisturbed outcome, and runs over it into outputs of their own."""
+    """An archive, its undisturbed outcome, and runs over it into outputs of their own.
+
+    outputs: the folder or URL below which they lie. environment: what runs need to reach it.
+    """
 
     archive: Path
     model: Path
     folder: Path
+    outputs: str
+    environment: dict[str, str]
     expected: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, folder: Path, model: Path) -> "Bench":
-        bench = cls(make_archive(folder / "archive"), model, folder)
-        with bench.run(str(folder / "undisturbed")) as run:
+    def prepare(
+        cls,
+        folder: Path,
+        model: Path,
+        *,
+        outputs: str | None = None,
+        environment: dict[str, str] | None = None,
+        num_images: int = NUM_IMAGES,
+    ) -> "Bench":
+        archive = make_archive(folder / "archive", num_images)
+        bench = cls(archive, model, folder, outputs or str(folder), environment or {})
+        with bench.run(bench.undisturbed.url) as run:
             assert run.wait() == 3, "the undisturbed run must end with its one quarantined file"
-        bench.expected = outcome(Store(str(folder / "undisturbed")))
-        assert len(bench.expected) == NUM_IMAGES + 2
+        bench.expected = outcome(bench.undisturbed)
+        assert len(bench.expected) == num_images + 2
         return bench
 
+    @property
+    def undisturbed(self) -> Store:
+        """The output of the run without faults."""
+        return Store(f"{self.outputs}/undisturbed")
+
+    @property
+    def on_s3(self) -> bool:
+        """Whether the outputs lie on an S3 server."""
+        return self.outputs.startswith("s3://")
+
     @contextlib.contextmanager
-    def run(self, output: str, *options: str, archive: Path | None = None) -> Iterator["Run"]:
+    def run(
+        self,
+        output: str,
+        *options: str,
+        archive: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Iterator["Run"]:
         """`diffcolor run` in a session of its own; whatever is left of it is killed at the end.
 
         All its processes, Ray's too, are known by a variable in their environment: see `processes`.
@@ -119,26 +148,26 @@ class Bench:
         ]
         log = self.folder / "runs.log"
         with log.open("ab") as file:
-            environment = os.environ | {MARK: secrets.token_hex(8)}
+            mark = secrets.token_hex(8)
+            variables = os.environ | self.environment | dict(environment or {}) | {MARK: mark}
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env=environment
+                command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env=variables
             )
-        mark = environment[MARK]
         try:
             yield Run(process, mark)
         finally:
             _kill(processes(mark))
             process.wait()
 
-    def reckon(self, output: str, injected: int, *options: str) -> Reckoning:
-        """Resume without faults, then count."""
+    def reckon(self, output: str, injected: int, archive: Path | None = None) -> Reckoning:
+        """Resume without faults, then count. Of another archive than the bench's own, what both hold."""
         start = time.monotonic()
-        with self.run(output, *options) as run:
+        with self.run(output, archive=archive) as run:
             code = run.wait()
             orphans = [] if wait_until(lambda: not run.processes(), 20) else [str(p) for p in run.processes()]
         seconds = time.monotonic() - start
         store = Store(output)
-        found = outcome(store)
+        found = {key: sha256 for key, sha256 in outcome(store).items() if archive is None or key in self.expected}
         twice = query(
             store,
             """select count(*) from (select image_key, variant from attempts where status = 'ok'
@@ -161,8 +190,7 @@ def outcome(store: Store) -> dict[tuple[str, str], str | None]:
     rows = query(store, "select image_key, variant, status, output_sha256, output_uri from results").fetchall()
     for _, _, status, sha256, uri in rows:
         if status == "ok":
-            with store.fs.open(uri, "rb") as file:
-                assert hashlib.sha256(file.read()).hexdigest() == sha256
+            assert hashlib.sha256(store.read(key_of(uri))).hexdigest() == sha256
     return {(image, variant): sha256 for image, variant, _, sha256, _ in rows}
 
 

@@ -24,4 +24,16 @@ def bench(tmp_path_factory, tiny_folder):
     ],
 )
 def test_nothing_is_lost_doubled_changed_or_left_behind(bench, tmp_path, name):
-    FAULTS[name](bench, str(tmp_path / "out"), 1, random.Random(1)).check()
+    FAULTS[name][0](bench, str(tmp_path / "out"), 1, random.Random(1)).check()
+
+
+@pytest.fixture(scope="module")
+def bench_on_s3(tmp_path_factory, tiny_folder, s3_environment):
+    folder = tmp_path_factory.mktemp("faults-s3")
+    return Bench.prepare(folder, tiny_folder, outputs="s3://diffcolor-tests/faults", environment=s3_environment)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["SIGKILL of the actor, mid-image", "connection cut before the store's answer"])
+def test_nothing_is_lost_doubled_changed_or_left_behind_on_s3(bench_on_s3, name):
+    FAULTS[name][0](bench_on_s3, f"{bench_on_s3.outputs}/{name.split()[0]}", 1, random.Random(1)).check()
