@@ -51,7 +51,7 @@ class Result:
 def _silent(stage: str, done: int, total: int) -> None: ...
 
 
-METHOD_VERSION = 3
+METHOD_VERSION = 4
 """Raised whenever the same inputs would give other pixels: results of different versions are different work."""
 
 

@@ -111,8 +111,9 @@ class Stage2Settings(_Record):
     """Where the best alpha's picture ignores a colour word, that word's embedding is exaggerated by each
     of these factors, and the best picture kept [O]."""
     negative_context: bool = False
-    """The unconditional branch of guidance gets the context prompt [O] instead of `negative_prompt`: guidance
-    then pushes to what the target says beyond it, its colours, and in an edit away from the old ones."""
+    """The unconditional branch of guidance gets the context prompt without its colour words [O] instead of
+    `negative_prompt`: guidance then pushes to what the target says beyond it, its colours. (With its colour
+    words it would push away from the old colours, and past the new ones: gray for yellow came out blue.)"""
     regional_prompts: bool = False
     """Each noun's region is generated under the target prompt with that noun's colour word alone [O]: no
     word can colour another noun. Regions as cross-attention shows them."""
@@ -158,7 +159,6 @@ PRESETS: dict[str, Settings] = {
             model_steps=40,
             model_learning_rate=5e-5,
             alphas=(1.0,),
-            word_weights=(1.5, 2.0),
             negative_context=True,
             regional_prompts=True,
             keep_unchanged=True,

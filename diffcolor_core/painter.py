@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffcolor_core.attention import phrase_regions
 from diffcolor_core.color import lock_luminance
-from diffcolor_core.color_terms import ColoredPhrase, ColorReport, report, with_color_alone
+from diffcolor_core.color_terms import ColoredPhrase, ColorReport, colored_phrases, report, with_color_alone
 from diffcolor_core.fits import Fit, chroma_of
 from diffcolor_core.images import gray_input
 from diffcolor_core.in_context import exaggerate, interpolate
@@ -52,6 +52,8 @@ class Painter:
     def __init__(self, checkpoint: Checkpoint, fitted: FittedModel, before: Tensor) -> None:
         self.checkpoint, self.before = checkpoint, before
         self.fit, self.unet, self._regions = fitted.fit, fitted.unet, fitted.regions
+        context = self.fit.context_prompt
+        self.plain_context = with_color_alone(context, colored_phrases(context, ""), None)
         self.e_opt = self.fit.prompt_embeds.to(checkpoint.device)
         self.e_empty = checkpoint.encode_prompts([""])
         self.z = checkpoint.encode(before[None].to(checkpoint.device))
@@ -134,7 +136,7 @@ class Painter:
                 self.fit.lightness,
                 settings.sampling,
                 torch.Generator().manual_seed(self.fit.seed),
-                negative_prompt=self.fit.context_prompt if settings.stage2.negative_context else None,
+                negative_prompt=self.plain_context if settings.stage2.negative_context else None,
                 regional=regional,
             )
             pictures.append(x.cpu())
@@ -170,11 +172,14 @@ class Painter:
         return tuple(report(items, self.regions(prompt, items), lab))
 
     def _score(self, x: Tensor, prompt: str, items: list[ColoredPhrase]) -> float:
-        """Mean agreement of the colour words, less a fiftieth of the mean chroma change where nothing was asked."""
+        """Mean agreement of the colour words, less a fiftieth of the mean chroma change where none was asked.
+
+        The latter counts only if it will stay: see `keep_unchanged`.
+        """
         agreements = [min(r.agreement, 0.9) for r in self.reports(x, prompt, items)]
         score = sum(agreements) / max(1, len(agreements))
         unchanged = [i for i, item in enumerate(items) if not item.changed]
-        if unchanged:
+        if unchanged and not self.fit.settings.stage2.keep_unchanged:
             outside = self.regions(prompt, items)[unchanged].sum(dim=0)
             drift = (chroma_of(x) - chroma_of(self.before)).norm(dim=0)
             score -= float((outside * drift).sum() / outside.sum().clamp(min=1e-6)) / 50

@@ -73,13 +73,14 @@ METHODS: dict[str, Method] = {
     "img2img-projected": Method(_with(**_PLAIN, stage2=_NO_FIT), "img2img with luminance projection at each step"),
     "img2img-ours": Method(
         _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True}),
-        "img2img with projection, alignment and the context prompt as negative: ours without any fit",
+        "img2img with projection, alignment and the plain context prompt as negative",
     ),
     "img2img-regional": Method(
         _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True, "regional_prompts": True}),
         "the same with regional prompts",
     ),
     # ablations of the full method
+    "no-fit": Method(_with(stage2={"embedding_steps": 0, "model_steps": 0}), "without stage 2's optimisation"),
     "no-stage1": Method(_with(stage1={"enabled": False}), "without stage 1"),
     "with-stage1": Method(_with(stage1={"enabled": True}), "with stage 1"),
     "untrained-stage1": Method(
@@ -101,16 +102,16 @@ METHODS: dict[str, Method] = {
     "no-identifiers": Method(_with(stage2={"use_identifiers": False}), "without identifiers"),
     "full-weights": Method(_with(stage2={"adapter_rank": None}), "all UNet weights instead of adapters"),
     "adapters": Method(_with(stage2={"adapter_rank": 4, "model_learning_rate": 1e-3}), "low-rank adapters of rank 4"),
-    "alpha-0.8": Method(_with(stage2={"alphas": (0.8,), "word_weights": ()}), "alpha 0.8"),
-    "alpha-1.0": Method(_with(stage2={"alphas": (1.0,), "word_weights": ()}), "alpha 1.0"),
-    "alpha-1.2": Method(_with(stage2={"alphas": (1.2,), "word_weights": ()}), "alpha 1.2"),
-    "alpha-auto": Method(_with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": ()}), "the best of four alphas"),
+    "alpha-0.8": Method(_with(stage2={"alphas": (0.8,)}), "alpha 0.8"),
+    "alpha-1.0": Method(_with(stage2={"alphas": (1.0,)}), "alpha 1.0"),
+    "alpha-1.2": Method(_with(stage2={"alphas": (1.2,)}), "alpha 1.2"),
+    "alpha-auto": Method(_with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4)}), "the best of four alphas"),
     "alpha-auto-weighted": Method(
         _with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": (1.3, 1.6)}),
         "the best of four alphas, ignored words exaggerated",
     ),
-    "no-word-weights": Method(_with(stage2={"word_weights": ()}), "no colour word exaggerated where it is ignored"),
-    "negative-context": Method(_with(stage2={"negative_context": True}), "the context prompt as negative prompt"),
+    "word-weights": Method(_with(stage2={"word_weights": (1.5, 2.0)}), "colour words exaggerated where ignored"),
+    "negative-context": Method(_with(stage2={"negative_context": True}), "the plain context prompt as negative prompt"),
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "regional": Method(_with(stage2={"regional_prompts": True}), "each noun's region under its own colour alone"),
     "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
