@@ -32,7 +32,7 @@ demo-model: setup  ## Train the demo model anew into out/demo-model; stopped, it
 	$(BIN)/python -m diffcolor_core.demo.train --out out/demo-model
 
 study: setup  ## The method against baselines and ablations; hours on a CPU, resumes.
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality
 
 evaluate: setup  ## Does the demo model obey its words?
 	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7

@@ -1,28 +1,23 @@
 """What a fit costs, what new colours from it cost, and what a large scan costs in memory.
 
-python benchmarks/costs.py --json benchmarks/results/costs.json     (about 12 minutes on 2 CPU cores)
+python -m benchmarks.costs --json benchmarks/results/costs.json     (about 12 minutes on 2 CPU cores)
 
 Times are ratios within one process: recolouring against fitting the same scene, with the demo model. The
 large scans are fitted with a few steps, as the memory of a fit depends on the working size alone.
 """
 
-import json
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
+from benchmarks.about import record
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.config import Settings
 from diffcolor_core.formats import encode
@@ -103,15 +98,7 @@ def main(
             figures[name] = pool.apply(large_scan, (width, height))
         print(name, figures[name], flush=True)
     figures["paper"] = recolor_against_fit("paper", 1)
-    figures["about"] = {
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, no GPU; {torch.get_num_threads()} threads",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version_of(name) for name in ("torch", "diffusers", "transformers", "pillow")},
-    }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if json_file is not None:
-        json_file.write_text(text + "\n")
+    record(json_file, "costs", figures, "torch", "diffusers", "transformers", "pillow")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long a plan takes, and how much memory: catalog and listing of N images, nothing done before.
 
-python benchmarks/planning.py --rows 1000000 --json out/planning.json
+python -m benchmarks.planning --rows 1000000 --json benchmarks/results/scale.json
 
 Each size runs in a process of its own. The listing is made up on the fly: the store's own time is not in it.
 """
@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.about import record
 from diffcolor_core import preset
 from tasks.archive import read_catalog
 from tasks.planning import RunConfig, open_plan
@@ -78,11 +79,10 @@ def main(
         return
     figures = []
     for size in (rows // 10, rows):
-        command = [sys.executable, __file__, "--rows", str(size), "--alone"]
+        command = [sys.executable, "-m", "benchmarks.planning", "--rows", str(size), "--alone"]
         figures.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         print(figures[-1], flush=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    record(json_file, "planning", figures, "duckdb", "pyarrow")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,20 @@
 """The whole study: every task, baselines and ablations, to benchmarks/results/quality.json, a table and a picture.
 
-python benchmarks/quality.py --num 16 --seed 100        (about an hour and a half on 2 CPU cores; it resumes)
+python -m benchmarks.quality --num 16 --seed 100        (about an hour and a half on 2 CPU cores; it resumes)
 
 Each (task, method) is kept in OUT as soon as it is finished, and not run again for the same seed,
 number of scenes and settings.
 """
 
 import json
-import os
-import platform
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib
-import torch
 import typer
 
+from benchmarks.about import about as about_machine
 from diffcolor_core import preset
 from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
 from diffcolor_core.study import run_study, summarise
@@ -115,9 +111,7 @@ def main(
         "preset": preset_name,
         "settings": settings.model_dump(mode="json"),
         "model": f"demo {checkpoint.model_revision}",
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, no GPU; {torch.get_num_threads()} threads",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {package: version_of(package) for package in ("torch", "diffusers", "transformers", "peft")},
+        **about_machine("torch", "diffusers", "transformers", "peft"),
     }
     results.write_text(json.dumps({"about": about, **tables}, indent=1) + "\n")
     for name, table in tables.items():

@@ -1,18 +1,14 @@
 """Memory and time of one fit at the true sizes of Stable Diffusion and CLIP ViT-B/32, with random weights.
 
-python benchmarks/true_sizes.py --json benchmarks/results/true_sizes.json
+python -m benchmarks.true_sizes --json benchmarks/results/true_sizes.json
 
 The colours mean nothing; that the method runs at these sizes, and what it costs, does. Needs the
 checkout (tests/architectures.py) and 5 GB of disk for the checkpoint.
 """
 
-import json
-import platform
 import resource
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +16,7 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.about import record
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.config import Settings
 from tests.architectures import save_architecture
@@ -76,14 +73,9 @@ def main(
         "peak_memory_bytes": torch.cuda.max_memory_allocated()
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version_of(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
     }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if json_file is not None:
-        json_file.write_text(text + "\n")
+    record(json_file, f"SD {version}", figures, "torch", "diffusers", "transformers", "peft")
 
 
 if __name__ == "__main__":

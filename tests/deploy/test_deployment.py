@@ -49,18 +49,21 @@ class _Deployment(_Strict):
 def test_the_file_has_no_misspelt_key_and_fits_the_flow():
     """`prefect deploy` accepts a key that it does not know and makes a deployment without it."""
     from flows.colorize_archive import colorize_archive
+from flows.recolor_archive import recolor_archive
 
     content = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
     assert set(content) == {"name", "prefect-version", "pull", "definitions", "deployments"}
     deployments = {d["name"]: _Deployment(**d) for d in content["deployments"]}
-    assert set(deployments) == {"on-demand", "nightly"}
+    assert set(deployments) == {"on-demand", "nightly", "recolor"}
     assert [s.cron for s in deployments["nightly"].schedules] == ["0 2 * * *"]
-    known = set(colorize_archive.parameters.properties)
+    flows = {
+        "flows/colorize_archive.py:colorize_archive": colorize_archive,
+        "flows/recolor_archive.py:recolor_archive": recolor_archive,
+    }
     for deployment in deployments.values():
-        assert set(deployment.parameters) <= known
-        assert deployment.entrypoint == "flows/colorize_archive.py:colorize_archive"
-    described = colorize_archive.parameters.properties.values()
-    assert all(p.get("description") for p in described)
+        parameters = flows[deployment.entrypoint].parameters.properties
+        assert set(deployment.parameters) <= set(parameters)
+        assert all(p.get("description") for p in parameters.values())
 
 
 @pytest.fixture
@@ -138,7 +141,11 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     assert {d["name"]: [s["schedule"]["cron"] for s in d["schedules"]] for d in schedules} == {
         "on-demand": [],
         "nightly": ["0 2 * * *"],
+        "recolor": [],
     }
+    assert "Created automation 'crash-zombie-flow-runs'" in prefect(
+        "automation", "create", "--from-file", "deploy/zombies.yaml"
+    )
     prefect.start("worker", "start", "--pool", "diffcolor", "--type", "process", "--limit", "1")
     output = tmp_path / "out"
     text = prefect(
@@ -149,3 +156,12 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     assert "finished successfully" in text
     found = query(Store(str(output)), "select status, count(*) from results group by all order by all").fetchall()
     assert found == [("ok", 4), ("quarantined", 1)]
+    targets = tmp_path / "targets.csv"
+    targets.write_text("image,target_prompt\nscan 1.png,a purple box on a yellow table\n")
+    text = prefect(
+        *("deployment", "run", "recolor-archive/recolor", "--watch"),
+        *("-p", f"output={output}", "-p", f"catalog={targets}"),
+        timeout=400,
+    )
+    assert "finished successfully" in text
+    assert query(Store(str(output)), "select count(*) from results where fit_reused").fetchall() == [(1,)]

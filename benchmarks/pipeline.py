@@ -1,0 +1,82 @@
+"""The cost of everything but the colorizer: real flow, real Ray, real manifest, a worker that sleeps.
+
+python -m benchmarks.pipeline --json benchmarks/results/scale.json
+
+Runs on local Ray with an embedded Prefect server. Where there are fewer cores than actors, the sleepers
+still sleep side by side, and what they do besides competes for the cores: the figures are upper bounds.
+"""
+
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks.about import record
+from benchmarks.sleeper import SECONDS, SleepingWorker
+from tasks.manifest import query
+from tasks.storage import Store
+
+SQL = """select count(*), epoch(max(finished_at)) - epoch(min(started_at)), sum(total_seconds) from results"""
+
+
+def make_archive(folder: Path, num_images: int) -> None:
+    """Small gray pictures and a catalog."""
+    folder.mkdir()
+    lines = ["image,context_prompt,target_prompt"]
+    for number in range(num_images):
+        Image.fromarray(np.full((32, 32), number % 256, dtype=np.uint8)).save(folder / f"{number:06d}.png")
+        lines.append(f"{number:06d}.png,a ball on a table,a red ball on a blue table")
+    (folder / "catalog.csv").write_text("\n".join(lines) + "\n")
+
+
+def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -> dict[str, float]:
+    """One run through the flow."""
+    os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", SECONDS: str(seconds)}
+    from flows.colorize_archive import colorize_archive
+    from tasks import colorize
+
+    colorize.ImageWorker = SleepingWorker  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        make_archive(Path(folder, "archive"), num_images)
+        start = time.perf_counter()
+        summary = colorize_archive(
+            archive=f"{folder}/archive", output=f"{folder}/out", num_actors=num_actors, shard_size=shard_size
+        )
+        wall = time.perf_counter() - start
+        assert summary["ok"] == num_images, summary
+        ((count, span, slept),) = query(Store(f"{folder}/out"), SQL).fetchall()
+    assert count == num_images
+    ideal = num_images * seconds / num_actors
+    return {
+        "images": num_images,
+        "sleep_seconds": seconds,
+        "actors": num_actors,
+        "shard_size": shard_size,
+        "wall_seconds": wall,
+        "span_seconds": span,  # from the first image's start to the last one's end
+        "overhead_ms_per_image": 1000 * (span - ideal) / num_images,
+        "overhead_share": (span - ideal) / span,
+        "actors_idle_share": 1 - slept / (span * num_actors),
+        "peak_bytes_of_the_flow": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main(
+    images: Annotated[int, typer.Option(help="For the run without sleep; the other has a fifth.")] = 2000,
+    actors: Annotated[int, typer.Option(help="Of the run that sleeps one second.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
+) -> None:
+    """Sleep 0 s on two actors, then 1 s on several."""
+    measure(64, 0.0, 2, 32)  # imports and databases are warm after this
+    figures = [measure(images, 0.0, 2, 32), measure(images // 5, 1.0, actors, 10)]
+    record(json_file, "pipeline", figures, "prefect", "ray")
+
+
+if __name__ == "__main__":
+    typer.run(main)

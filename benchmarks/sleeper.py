@@ -1,0 +1,47 @@
+"""A worker that does everything but colorize: it reads, decodes, sleeps, writes, and makes rows."""
+
+import hashlib
+import io
+import os
+import time
+from datetime import UTC, datetime
+
+import numpy as np
+from PIL import Image
+
+from diffcolor_core import DiffColor, Scan
+from tasks.colorize import ImageWorker, Row, base_row
+from tasks.planning import PlannedImage, RunConfig
+from tasks.storage import Store
+
+SECONDS = "DIFFCOLOR_SLEEP_SECONDS"
+
+
+class SleepingWorker(ImageWorker):
+    """In the place of `ImageWorker`, for measuring what lies around it."""
+
+    def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
+        self.config = config
+        self.archive, self.output = Store(config.archive), Store(config.output)
+        self.pipe: DiffColor = None  # type: ignore[assignment]
+        sink = io.BytesIO()
+        Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(sink, "PNG")
+        self.picture = sink.getvalue()
+
+    def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
+        start = time.perf_counter()
+        time.sleep(float(os.environ[SECONDS]))
+        slept = time.perf_counter() - start
+        rows = []
+        for index, variant in enumerate(planned.work.variants):
+            key = f"images/{planned.work.image_key}/{variant.name}.png"
+            self.output.write(key, self.picture)
+            columns = {
+                "status": "ok",
+                "output_uri": self.output.uri(key),
+                "output_sha256": hashlib.sha256(self.picture).hexdigest(),
+                "total_seconds": slept,
+                "finished_at": datetime.now(UTC),
+            }
+            rows.append(base_row(self.config, planned, index) | shared | columns)
+        return rows
