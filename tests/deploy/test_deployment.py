@@ -49,7 +49,7 @@ class _Deployment(_Strict):
 def test_the_file_has_no_misspelt_key_and_fits_the_flow():
     """`prefect deploy` accepts a key that it does not know and makes a deployment without it."""
     from flows.colorize_archive import colorize_archive
-from flows.recolor_archive import recolor_archive
+    from flows.recolor_archive import recolor_archive
 
     content = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
     assert set(content) == {"name", "prefect-version", "pull", "definitions", "deployments"}
