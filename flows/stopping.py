@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from uuid import UUID
 
@@ -17,20 +18,27 @@ GRACE_SECONDS = 90.0
 """For committing what is finished and telling Prefect, whose server may be gone already."""
 
 
+@dataclass
+class Stop:
+    """Whether a signal has asked this process to stop. exit_code: 128 and its number, as shells have it."""
+
+    exit_code: int | None = None
+
+
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[Stop]:
     """Ctrl-C and SIGTERM end the run in order, a second one at once; what is committed is kept either way.
 
     The first raises KeyboardInterrupt in the main thread: the actors are killed and the finished
     images committed on the way out. A process that still lives after `GRACE_SECONDS`, or gets a second signal,
     ends with 128 and the signal's number.
     """
-    stopping = threading.Event()
+    asked = Stop()
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        if stopping.is_set():
+        if asked.exit_code is not None:
             os._exit(128 + number)
-        stopping.set()
+        asked.exit_code = 128 + number
         print("diffcolor: stopping, what is finished is being committed; once more ends it at once", file=sys.stderr)
         timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
         timer.daemon = True
@@ -39,7 +47,7 @@ def stoppable() -> Iterator[None]:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

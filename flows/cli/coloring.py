@@ -228,13 +228,13 @@ def _run_flow(flow: Any, *, output: str, **parameters: Any) -> None:
     from tasks.archive import CatalogError
     from tasks.manifest import ManifestError
 
-    try:
-        with stoppable():
+    with stoppable() as stop:
+        try:
             summary = flow(output=output, **parameters)
-    except (CatalogError, ManifestError) as error:
-        raise fail(error, 2) from error
-    except Exception as error:  # the flow has logged its own trace
-        raise fail(error, 1) from error
+        except (CatalogError, ManifestError) as error:
+            raise fail(error, 2) from error
+        except Exception as error:  # the flow has logged its own trace; after a stop, Prefect's server may be gone
+            raise fail(error, stop.exit_code or 1) from error
     console.print(
         f"{summary['ok']} ok, {summary['quarantined']} quarantined, {summary['failed']} failed "
         f"({summary['done_before']} of them done before)"

@@ -1,6 +1,9 @@
 import csv
 import io
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,3 +122,23 @@ def test_nothing_there(run, tmp_path):
 def test_a_catalog_error_is_wrong_usage(run, small_archive, tiny_folder, tmp_path):
     (small_archive / "catalog.csv").write_text("image,prompt\nscan 0.png,a ball\n")
     assert "did you mean your 'prompt'" in run("run", small_archive, tmp_path / "o", "--model", tiny_folder, code=2)
+
+
+def test_a_stopped_run_ends_as_stopped_even_if_prefect_has_gone_first():
+    code = """
+import os, signal, threading
+from flows.cli.coloring import _run_flow
+
+def flow(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(10)
+    except KeyboardInterrupt:
+        raise ConnectionRefusedError("the server is gone") from None
+
+try:
+    _run_flow(flow, output="out")
+except BaseException as error:
+    raise SystemExit(error.exit_code)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 128 + signal.SIGTERM
