@@ -2,8 +2,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= out/demo
+# Threads that spin for long starve other processes of the machine (torch, where it uses GNU OpenMP).
+export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test lint demo-model study evaluate chaos
+.PHONY: setup demo test lint demo-model study evaluate chaos bench
 
 setup: .venv/.installed
 
@@ -39,3 +41,10 @@ evaluate: setup  ## Does the demo model obey its words?
 
 chaos: setup  ## Faults injected into real runs, each ten times; about two hours on 2 cores.
 	$(BIN)/python -m tests.faults.chaos --rounds 10 --json benchmarks/results/chaos.json
+
+bench: setup  ## What the pipeline costs at scale, what a fit costs; half an hour on 2 idle CPU cores.
+	$(BIN)/python -m benchmarks.planning --json benchmarks/results/scale.json
+	$(BIN)/python -m benchmarks.queries --json benchmarks/results/scale.json
+	$(BIN)/python -m benchmarks.pipeline --json benchmarks/results/scale.json
+	$(BIN)/python -m benchmarks.plot_scale
+	$(BIN)/python -m benchmarks.costs --json benchmarks/results/costs.json

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -87,18 +87,22 @@ def peak_bytes() -> int:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
     scenes: Annotated[int, typer.Option(help="For the demo preset; the paper's gets one.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(help="demo, large or paper; repeat it.")] = None,
 ) -> None:
     """Measure one after the other; a process of its own for each large scan."""
-    figures: dict[str, Any] = {"demo": recolor_against_fit("demo", scenes)}
-    fresh = multiprocessing.get_context("spawn")
-    for name, (width, height) in LARGE.items():
-        with fresh.Pool(1) as pool:
-            figures[name] = pool.apply(large_scan, (width, height))
-        print(name, figures[name], flush=True)
-    figures["paper"] = recolor_against_fit("paper", 1)
-    record(json_file, "costs", figures, "torch", "diffusers", "transformers", "pillow")
+    packages = ("torch", "diffusers", "transformers", "pillow")
+    wanted = only or ["demo", "large", "paper"]
+    if "demo" in wanted:
+        record(json_file, "demo", recolor_against_fit("demo", scenes), *packages)
+    if "large" in wanted:
+        fresh = multiprocessing.get_context("spawn")
+        for name, (width, height) in LARGE.items():
+            with fresh.Pool(1) as pool:
+                record(json_file, name, pool.apply(large_scan, (width, height)), *packages)
+    if "paper" in wanted:
+        record(json_file, "paper", recolor_against_fit("paper", 1), *packages)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Runs on local Ray with an embedded Prefect server. Where there are fewer cores t
 still sleep side by side, and what they do besides competes for the cores: the figures are upper bounds.
 """
 
+import multiprocessing
 import os
 import resource
 import tempfile
@@ -72,9 +73,13 @@ def main(
     actors: Annotated[int, typer.Option(help="Of the run that sleeps one second.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
 ) -> None:
-    """Sleep 0 s on two actors, then 1 s on several."""
-    measure(64, 0.0, 2, 32)  # imports and databases are warm after this
-    figures = [measure(images, 0.0, 2, 32), measure(images // 5, 1.0, actors, 10)]
+    """Sleep 0 s on two actors, then 1 s on several, each run in a process of its own."""
+    figures = []
+    fresh = multiprocessing.get_context("spawn")
+    for arguments in ((images, 0.0, 2, 32), (images // 5, 1.0, actors, 10)):
+        with fresh.Pool(1) as pool:
+            figures.append(pool.apply(measure, arguments))
+        print(figures[-1], flush=True)
     record(json_file, "pipeline", figures, "prefect", "ray")
 
 

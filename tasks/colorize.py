@@ -349,10 +349,20 @@ def ray_actors(
         ray.init(address=ray_address or "local", log_to_driver=False, logging_level="warning", **local)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray's would abort the process
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    threads = max(1, cores // num_actors) if gpus_per_actor == 0 else None
+    resources = ray.cluster_resources()
+    cores, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    if ray_address is None and num_actors * gpus_per_actor > gpus:
+        if started_here:
+            ray.shutdown()
+        raise ValueError(
+            f"{num_actors} actors with {gpus_per_actor:g} GPUs each need more than the {gpus:g} GPUs of this machine: "
+            "take fewer actors, or a share of a GPU for each, or a Ray cluster"
+        )
+    share = cores / num_actors  # below 1, actors share cores: one that Ray cannot place would be waited for without end
+    threads = max(1, int(share)) if gpus_per_actor == 0 else None
+    num_cpus = min(share, threads or 1)
     remote = ray.remote(ImageWorker).options(
-        num_cpus=threads or 1, num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=0
+        num_cpus=num_cpus, num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=0
     )
     pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
     try:

@@ -19,15 +19,17 @@ _NOT_PASSED_ON = {"connection", "transfer-encoding", "expect", "keep-alive"}
 
 
 class FaultyProxy:
-    """Passes calls on to `upstream`, but for a share of them; `injected` counts the faults by kind."""
+    """Passes calls on to `upstream`, but for a share; `calls` counts all by method, `injected` the faults by kind."""
 
     def __init__(self, upstream: str, kinds: tuple[str, ...], share: float, rng: random.Random) -> None:
         self.upstream, self.kinds, self.share, self.rng = upstream, kinds, share, rng
         self.injected: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self.url = ""
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         kind = self.rng.choice(self.kinds) if self.rng.random() < self.share else ""
+        self.calls[request.method] += 1
         if kind:
             self.injected[kind] += 1
         body = await request.read()

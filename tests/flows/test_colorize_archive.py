@@ -172,6 +172,20 @@ def test_prefect_hears_of_a_run_whose_process_was_killed(small_archive, tiny_fol
         assert client.read_flow_run(zombie.id).state.is_crashed()
 
 
+def test_more_gpus_than_there_are_is_an_error_and_not_a_wait(small_archive, tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="2 actors with 1 GPUs each need more than the 0 GPUs"):
+        colorize_archive(
+            str(small_archive), str(tmp_path / "out"), model=str(tiny_folder), num_actors=2, gpus_per_actor=1
+        )
+
+
+def test_more_actors_than_cores_share_them(small_archive, tiny_folder, tmp_path):
+    summary = colorize_archive(
+        str(small_archive), str(tmp_path / "out"), model=str(tiny_folder), num_actors=5, shard_size=1
+    )
+    assert summary["ok"] == 4
+
+
 def test_a_file_that_is_too_large_is_not_read(small_archive, tiny_folder, tmp_path, monkeypatch):
     from tasks import colorize
     from tests.flows.deadly import SmallEyedWorker
