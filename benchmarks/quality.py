@@ -84,7 +84,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="Only this task; repeat it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and finished parts.")] = Path("out/quality"),
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/quality.json"),
-    figure: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("docs/quality.png"),
+    figure: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("docs/quality.jpg"),
 ) -> None:
     """Run what is not there yet, then write figures, table and picture."""
     settings = preset(preset_name)
