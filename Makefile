@@ -39,8 +39,8 @@ study: setup  ## The method against baselines and ablations; hours on a CPU, res
 evaluate: setup  ## Does the demo model obey its words?
 	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7
 
-chaos: setup  ## Faults injected into real runs, each ten times; about two hours on 2 cores.
-	$(BIN)/python -m tests.faults.chaos --rounds 10 --json benchmarks/results/chaos.json
+chaos: setup  ## Faults injected into real runs, three times each; about two hours on 2 cores.
+	$(BIN)/python -m tests.faults.chaos --rounds 3 --json benchmarks/results/chaos.json
 
 bench: setup  ## What the pipeline costs at scale, what a fit costs; half an hour on 2 idle CPU cores.
 	$(BIN)/python -m benchmarks.planning --json benchmarks/results/scale.json
