@@ -142,12 +142,22 @@ def judged(
     }
 
 
-def summarise(figures: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean of each figure with its bootstrap 95% interval (percentile, 2,000 resamples, seed 0)."""
-    return {
-        method: {name: _interval(np.array(values)) for name, values in scores.items() if not _all_nan(values)}
-        for method, scores in figures.items()
-    }
+def summarise(figures: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean of each figure with its bootstrap 95% interval (percentile, 2,000 resamples, seed 0).
+
+    All but the first method also get `difference`, the same of their scenes' values minus the first
+    method's for the same scenes: pairs show what separate intervals hide.
+    """
+    first = next(iter(figures.values()), {})
+    summary = {}
+    for method, scores in figures.items():
+        known = {name: np.array(values) for name, values in scores.items() if not _all_nan(values)}
+        summary[method] = {name: _interval(values) for name, values in known.items()}
+        for name in () if scores is first else known.keys() & first.keys():
+            pairs = known[name] - np.array(first[name])
+            if not np.isnan(pairs).all():
+                summary[method][name]["difference"] = _interval(pairs)
+    return summary
 
 
 def _all_nan(values: list[float]) -> bool:

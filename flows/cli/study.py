@@ -85,12 +85,18 @@ def study(
         raise fail(error, 2) from error
     summary = summarise(figures)
     for name, values in summary.items():
-        table = Table("figure", "mean", "95% interval", "scenes", title=f"{name}: {METHODS[name].description}")
+        title = f"{name}: {METHODS[name].description}"
+        table = Table("figure", "mean", "95% interval", "scenes", f"less {methods[0]}, 95% interval", title=title)
         for figure, value in values.items():
-            table.add_row(
-                figure, f"{value['mean']:.4g}", f"{value['low']:.4g} to {value['high']:.4g}", str(value["scenes"])
+            difference = (
+                f"{value['difference']['mean']:.4g} ({_range(value['difference'])})" if "difference" in value else ""
             )
+            table.add_row(figure, f"{value['mean']:.4g}", _range(value), str(value["scenes"]), difference)
         console.print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _range(value: dict[str, Any]) -> str:
+    return f"{value['low']:.4g} to {value['high']:.4g}"

@@ -203,3 +203,14 @@ def test_intervals_leave_out_what_does_not_apply():
     assert summary["some"]["mean"] == pytest.approx(2 / 3)
     assert summary["some"]["low"] <= summary["some"]["mean"] <= summary["some"]["high"]
     assert summary["same"] == {"mean": 2, "low": 2, "high": 2, "scenes": 4}
+
+
+def test_methods_are_compared_scene_by_scene_with_the_first():
+    scenes = np.random.default_rng(0).normal(size=20) * 10  # their spread hides what each scene shows
+    figures = {"full": {"some": list(scenes)}, "other": {"some": list(scenes + 1), "own": [1.0] * 20}}
+    summary = summarise(figures)
+    assert "difference" not in summary["full"]["some"]
+    assert summary["other"]["some"]["low"] < summary["full"]["some"]["high"]
+    assert summary["other"]["some"]["difference"]["low"] == pytest.approx(1)
+    assert summary["other"]["some"]["difference"]["high"] == pytest.approx(1)
+    assert "difference" not in summary["other"]["own"]
