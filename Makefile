@@ -39,10 +39,10 @@ study: setup  ## The method against baselines and ablations; hours on a CPU, res
 evaluate: setup  ## Does the demo model obey its words?
 	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7
 
-chaos: setup  ## Faults injected into real runs, three times each; about two hours on 2 cores.
+chaos: setup  ## Faults injected into real runs, on a local disk and on S3; about two hours on 2 cores.
 	$(BIN)/python -m tests.faults.chaos --rounds 3 --json benchmarks/results/chaos.json
 
-bench: setup  ## What the pipeline costs at scale, what a fit costs; half an hour on 2 idle CPU cores.
+bench: setup  ## What the pipeline costs at scale, what a fit costs; about 20 minutes on 2 idle CPU cores.
 	$(BIN)/python -m benchmarks.planning --json benchmarks/results/scale.json
 	$(BIN)/python -m benchmarks.queries --json benchmarks/results/scale.json
 	$(BIN)/python -m benchmarks.pipeline --json benchmarks/results/scale.json

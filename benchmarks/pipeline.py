@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import numpy as np
 import typer
@@ -40,10 +41,9 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
     """One run through the flow."""
     os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", SECONDS: str(seconds)}
     from flows.colorize_archive import colorize_archive
-    from tasks import colorize
+    from tasks import actors
 
-    colorize.ImageWorker = SleepingWorker  # type: ignore[misc]
-    with tempfile.TemporaryDirectory() as folder:
+    with patch.object(actors, "ImageWorker", SleepingWorker), tempfile.TemporaryDirectory() as folder:
         make_archive(Path(folder, "archive"), num_images)
         start = time.perf_counter()
         summary = colorize_archive(

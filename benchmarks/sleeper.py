@@ -12,7 +12,6 @@ from PIL import Image
 from diffcolor_core import DiffColor, Scan
 from tasks.colorize import ImageWorker, Row, base_row
 from tasks.planning import PlannedImage, RunConfig
-from tasks.storage import Store
 
 SECONDS = "DIFFCOLOR_SLEEP_SECONDS"
 
@@ -21,9 +20,7 @@ class SleepingWorker(ImageWorker):
     """In the place of `ImageWorker`, for measuring what lies around it."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
-        self.config = config
-        self.archive, self.output = Store(config.archive), Store(config.output)
-        self.pipe: DiffColor = None  # type: ignore[assignment]
+        super().__init__(config, num_threads)
         sink = io.BytesIO()
         Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(sink, "PNG")
         self.picture = sink.getvalue()

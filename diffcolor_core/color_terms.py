@@ -112,6 +112,11 @@ def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str |
     return text
 
 
+def without_colors(prompt: str) -> str:
+    """The prompt with no colour word left in its noun phrases."""
+    return with_color_alone(prompt, colored_phrases(prompt, ""), None)
+
+
 def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> list[ColorReport]:
     """How well a picture [3, h, w] in L*a*b* obeys each coloured phrase in its region [P, h, w]."""
     reports = []

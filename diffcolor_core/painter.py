@@ -9,7 +9,13 @@ from torch import Tensor
 
 from diffcolor_core.attention import phrase_regions
 from diffcolor_core.color import lock_luminance
-from diffcolor_core.color_terms import ColoredPhrase, ColorReport, colored_phrases, report, with_color_alone
+from diffcolor_core.color_terms import (
+    ColoredPhrase,
+    ColorReport,
+    report,
+    with_color_alone,
+    without_colors,
+)
 from diffcolor_core.fits import Fit, chroma_of
 from diffcolor_core.images import gray_input
 from diffcolor_core.in_context import exaggerate, interpolate
@@ -52,8 +58,6 @@ class Painter:
     def __init__(self, checkpoint: Checkpoint, fitted: FittedModel, before: Tensor) -> None:
         self.checkpoint, self.before = checkpoint, before
         self.fit, self.unet, self._regions = fitted.fit, fitted.unet, fitted.regions
-        context = self.fit.context_prompt
-        self.plain_context = with_color_alone(context, colored_phrases(context, ""), None)
         self.e_opt = self.fit.prompt_embeds.to(checkpoint.device)
         self.e_empty = checkpoint.encode_prompts([""])
         self.z = checkpoint.encode(before[None].to(checkpoint.device))
@@ -122,6 +126,7 @@ class Painter:
         """One picture per job, all from the same noised latent: [B, 3, h, w] in [-1, 1]."""
         longest = max(e.shape[1] for job in jobs for e in job.embeds)
         settings = self.fit.settings
+        negative = without_colors(self.fit.context_prompt) if settings.stage2.negative_context else None
         pictures = []
         for start in range(0, len(jobs), self.BATCH):
             batch = jobs[start : start + self.BATCH]
@@ -136,7 +141,7 @@ class Painter:
                 self.fit.lightness,
                 settings.sampling,
                 torch.Generator().manual_seed(self.fit.seed),
-                negative_prompt=self.plain_context if settings.stage2.negative_context else None,
+                negative_prompt=negative,
                 regional=regional,
             )
             pictures.append(x.cpu())

@@ -10,15 +10,17 @@ from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 from pydantic import Field
 
 from diffcolor_core.config import preset as settings_preset
 from diffcolor_core.models import identify
 from flows.stopping import mark_crashed
+from tasks.actors import ActorPool, RunStoppedError, colorize_on, ray_actors
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
-from tasks.colorize import ActorPool, colorize_on, ray_actors
 from tasks.lease import Lease, hold_output
 from tasks.manifest import commit_part
 from tasks.planning import RunConfig, Shard, open_plan
@@ -30,7 +32,7 @@ COMMIT_SECONDS = 300.0
 MAX_TASK_RUNS = 1000
 """Of one flow run: Prefect's server and pages become slow with thousands."""
 
-ShardFuture = PrefectFuture[Counter[str]]
+ShardFuture = PrefectFuture[Any]  # of a Counter: variants by status
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
@@ -43,8 +45,8 @@ def colorize_shard(
     progress: RunProgress,
     commit_every: int,
     image_timeout_seconds: float,
-) -> Counter[str]:
-    """Colour a shard's images on one actor and commit their rows in parts."""
+) -> Counter[str] | State[Any]:
+    """Colour a shard's images on one actor and commit their rows in parts; the variants by status."""
     output = Store(config.output)
     counts: Counter[str] = Counter()
     pending: list[dict[str, Any]] = []
@@ -57,18 +59,21 @@ def colorize_shard(
         pending.clear()
         committed_at = time.monotonic()
 
-    with pool.borrow() as actor:
-        try:
-            for number, planned in enumerate(shard.images, 1):
-                rows = colorize_on(actor, config, planned, image_timeout_seconds)
-                pending += rows
-                counts.update(row["status"] for row in rows)
-                progress.image_done(rows)
-                if number % commit_every == 0 or time.monotonic() - committed_at > COMMIT_SECONDS:
+    try:
+        with pool.borrow() as actor:
+            try:
+                for number, planned in enumerate(shard.images, 1):
+                    rows = colorize_on(actor, config, planned, image_timeout_seconds)
+                    pending += rows
+                    counts.update(row["status"] for row in rows)
+                    progress.image_done(rows)
+                    if number % commit_every == 0 or time.monotonic() - committed_at > COMMIT_SECONDS:
+                        commit()
+            finally:  # also when the run is stopped: what is finished is kept
+                if pending:
                     commit()
-        finally:  # also when the run is stopped: what is finished is kept
-            if pending:
-                commit()
+    except RunStoppedError as error:
+        return Cancelled(message=str(error))
     return counts
 
 

@@ -11,7 +11,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -26,7 +26,16 @@ CLAIM_SECONDS = 2.0
 """How long a claim on a key stands before it is used, on stores without a conditional PUT."""
 TEMPORARY = ".tmp"
 """Folder of a local store for files that are not whole yet."""
-_LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
+_LASTING = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
 _LASTING_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTSUP}
 
 
@@ -134,7 +143,7 @@ class Store:
             finally:
                 os.unlink(temporary)
             return True
-        if not self.has_conditional_put:
+        if not _has_conditional_put(self.url):
             return self._create_by_claim(key, data)
         tries = 0
 
@@ -146,17 +155,16 @@ class Store:
         won = self._patiently(put)
         return won or (tries > 1 and self.read(key) == data)
 
-    @cached_property
-    def has_conditional_put(self) -> bool:
+    def probe_conditional_put(self) -> bool:
         """Whether this object store refuses a second PUT to a key on demand: found out by two that must differ."""
-        path = self._path(f"probe-{uuid.uuid4().hex}")
+        key = f"probe-{uuid.uuid4().hex}"
+        self.write(key, b"probe")
         try:
-            self._patiently(lambda: self.fs.pipe_file(path, b"probe"))
-            return not self._put_if_absent(path, b"again")
+            return not self._patiently(lambda: self._put_if_absent(self._path(key), b"again"))
         except (TypeError, NotImplementedError):  # the filesystem does not know the mode
             return False
         finally:
-            self.fs.rm_file(path)
+            self.delete(key)
 
     def _put_if_absent(self, path: str, data: bytes) -> bool:
         try:
@@ -184,7 +192,7 @@ class Store:
         self.write(mine, b"")
         try:
             time.sleep(CLAIM_SECONDS)
-            if self.has(key) or min(self._claims(key)) != mine:
+            if self.has(key) or min(self._claims(key), default=None) != mine:
                 return False
             self.write(key, data)
             return True
@@ -285,6 +293,12 @@ class Store:
     def exists(self) -> bool:
         """Whether the folder is there. (On an object store: whether anything is below it.)"""
         return bool(self.fs.exists(self.root))
+
+
+@cache
+def _has_conditional_put(url: str) -> bool:
+    """What the probe says, once a process."""
+    return Store(url).probe_conditional_put()
 
 
 def _machine_digest() -> str:

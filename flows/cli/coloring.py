@@ -233,6 +233,8 @@ def _run_flow(flow: Any, *, output: str, **parameters: Any) -> None:
             summary = flow(output=output, **parameters)
         except (CatalogError, ManifestError) as error:
             raise fail(error, 2) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(stop.exit_code or 130) from None
         except Exception as error:  # the flow has logged its own trace; after a stop, Prefect's server may be gone
             raise fail(error, stop.exit_code or 1) from error
     console.print(

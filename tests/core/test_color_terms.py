@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffcolor_core.color_terms import color_word, colored_phrases, hue_of, report, with_color_alone
+from diffcolor_core.color_terms import color_word, colored_phrases, hue_of, report, with_color_alone, without_colors
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,20 @@ def test_an_infeasible_colour_is_told():
     (told,) = report(colored_phrases("a yellow ball", ""), torch.ones(1, 4, 4), lab_square(8, 95, 5))
     assert not told.feasible
     assert told.achievable_chroma < 20
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        (
+            "a yellow bottle and a gray box on a yellow table before a green wall",
+            "a bottle and a box on a table before a wall",
+        ),
+        ("a dog on a bench", "a dog on a bench"),
+    ],
+)
+def test_no_colour_is_left(prompt, plain):
+    assert without_colors(prompt) == plain
 
 
 def test_one_colour_is_left_alone():

@@ -1,6 +1,9 @@
 """`make chaos`: every fault again and again, on a local disk and on an S3 server, and a table of what it did.
 
 python -m tests.faults.chaos --rounds 10 [--only "Ctrl-C"]
+
+With --json the record of each fault is put into the file as soon as it is there, beside those of other
+calls: a long series can be done in pieces.
 """
 
 import json
@@ -16,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.about import record
 from tests.conftest import save_tiny_checkpoint
 from tests.faults.faults import FAULTS, LOCAL, S3, Fault, NotHereError
 from tests.faults.harness import NUM_IMAGES, Bench
@@ -28,10 +32,11 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only this fault; repeat it.")] = None,
     store: Annotated[list[str] | None, typer.Option(help="Only on this store, local or s3.")] = None,
     images: Annotated[int, typer.Option(help="Good images in the archive.")] = NUM_IMAGES,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Put the records here, beside others.")] = None,
 ) -> None:
     """Exit 1 if anything was lost, done twice, changed or left behind."""
     records: list[dict[str, Any]] = []
+    how = {"images": images, "rounds": rounds, "seed": seed}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_tiny_checkpoint(folder / "model")
@@ -42,14 +47,15 @@ def main(
                 bench = Bench.prepare(folder / kind, model, num_images=images, **outputs_on(kind, folder))
                 for number, (name, inject) in enumerate(chosen.items()):
                     output = f"{bench.outputs}/out-{number}"
-                    records.append({"fault": name, "store": kind, **attempt(inject, bench, output, rounds, seed)})
-                    print(records[-1], flush=True)
-                    if json_file is not None:
-                        json_file.write_text(json.dumps(records, indent=1) + "\n")
+                    outcome = attempt(inject, bench, output, rounds, seed)
+                    records.append({"fault": name, "store": kind, **how, **outcome})
+                    record(json_file, f"{name}, {kind}", records[-1], "ray", "prefect")
             except NoServerError as error:
                 print(f"not on {kind}: {error}")
             finally:
                 stop(folder / "server")
+    if json_file is not None:
+        records = [entry["figures"] for entry in json.loads(json_file.read_text()).values()]
     Console(width=140).print(table_of(records))
     raise typer.Exit(any("error" in record for record in records))
 

@@ -1,15 +1,16 @@
 """`diffcolor`, with a preset `demo` of a few steps: what is tested is the pipeline. Run as a process of its own."""
 
 import os
+from unittest.mock import patch
 
 from diffcolor_core import config
 from flows.cli import app
-from tasks import colorize
+from tasks import actors
 from tests.faults.poison import PoisonedWorker
 from tests.flows.conftest import QUICK
 
 if __name__ == "__main__":
     config.PRESETS["demo"] = QUICK
-    if "DIFFCOLOR_POISON" in os.environ:
-        colorize.ImageWorker = PoisonedWorker  # type: ignore[misc]
-    app()
+    worker = PoisonedWorker if "DIFFCOLOR_POISON" in os.environ else actors.ImageWorker
+    with patch.object(actors, "ImageWorker", worker):
+        app()

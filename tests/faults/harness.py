@@ -117,11 +117,6 @@ class Bench:
         """The output of the run without faults."""
         return Store(f"{self.outputs}/undisturbed")
 
-    @property
-    def on_s3(self) -> bool:
-        """Whether the outputs lie on an S3 server."""
-        return self.outputs.startswith("s3://")
-
     @contextlib.contextmanager
     def run(
         self,

@@ -187,11 +187,11 @@ def test_more_actors_than_cores_share_them(small_archive, tiny_folder, tmp_path)
 
 
 def test_a_file_that_is_too_large_is_not_read(small_archive, tiny_folder, tmp_path, monkeypatch):
-    from tasks import colorize
+    from tasks import actors
     from tests.flows.deadly import SmallEyedWorker
 
     output = tmp_path / "out"
-    monkeypatch.setattr(colorize, "ImageWorker", SmallEyedWorker)
+    monkeypatch.setattr(actors, "ImageWorker", SmallEyedWorker)
     summary = colorize_archive(archive=str(small_archive), output=str(output), model=str(tiny_folder))
     assert summary == {"ok": 0, "quarantined": 5, "failed": 0, "done_before": 0}
     messages = ask(output, "select error_message from results where error_class = 'OversizeError'")
@@ -200,13 +200,13 @@ def test_a_file_that_is_too_large_is_not_read(small_archive, tiny_folder, tmp_pa
 
 
 def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder, tmp_path, monkeypatch):
-    from tasks import colorize
+    from tasks import actors
     from tests.flows.deadly import HangingWorker
 
     output = tmp_path / "out"
     arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
-    monkeypatch.setattr(colorize, "ImageWorker", HangingWorker)
-    monkeypatch.setattr(colorize, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(actors, "ImageWorker", HangingWorker)
+    monkeypatch.setattr(actors, "MAX_ATTEMPTS", 1)
     summary = colorize_archive(**arguments, image_timeout_seconds=30, limit=2)
     assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
     ((message,),) = ask(output, "select error_message from results where error_class = 'DeadlyImageError'")
@@ -214,13 +214,13 @@ def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder,
 
 
 def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, tiny_folder, tmp_path, monkeypatch):
-    from tasks import colorize
+    from tasks import actors
     from tests.flows.deadly import DeadlyWorker
 
     output = tmp_path / "out"
     arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
     with monkeypatch.context() as patch:
-        patch.setattr(colorize, "ImageWorker", DeadlyWorker)
+        patch.setattr(actors, "ImageWorker", DeadlyWorker)
         assert colorize_archive(**arguments) == {"ok": 2, "quarantined": 2, "failed": 1, "done_before": 0}
     statuses = dict(ask(output, "select distinct image_key, status || ' ' || coalesce(error_class, '') from results"))
     assert statuses["scan 0.png"] == "ok "
@@ -325,11 +325,11 @@ def test_recolouring_needs_a_run_to_go_by(tmp_path):
 
 
 def test_where_memory_runs_out_a_smaller_size_is_tried_and_recorded(small_archive, tiny_folder, tmp_path, monkeypatch):
-    from tasks import colorize
+    from tasks import actors
     from tests.flows.deadly import HungryWorker
 
     output = tmp_path / "out"
-    monkeypatch.setattr(colorize, "ImageWorker", HungryWorker)
+    monkeypatch.setattr(actors, "ImageWorker", HungryWorker)
     summary = colorize_archive(archive=str(small_archive), output=str(output), model=str(tiny_folder), limit=2)
     assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
     rows = ask(output, "select distinct fallback, width_px, fit_uri from results where status = 'ok'")

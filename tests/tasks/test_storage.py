@@ -1,5 +1,5 @@
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import fsspec
@@ -28,19 +28,17 @@ def test_create_has_one_winner(store):
     assert store.read("part") == b"first"
 
 
+def race(store, key, num_threads):
+    """Threads that create `key` all at once, one of which must win; what they leave is their bytes alone."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        won = list(threads.map(lambda i: store.create(key, b"%d" % i), range(num_threads)))
+    assert sum(won) == 1
+    assert store.read(key) == b"%d" % won.index(True)
+    assert [found for found, _ in store.list()] == [key]
+
+
 def test_create_has_one_winner_among_threads(store):
-    won = []
-    threads = [
-        threading.Thread(target=lambda i=i: won.append(i) if store.create("part", b"%d" % i) else None)
-        for i in range(16)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.read("part") == b"%d" % won[0]
-    assert [key for key, _ in store.list()] == ["part"]
+    race(store, "part", 16)
     if store.is_local:
         assert os.listdir(f"{store.root}/.tmp") == []
 
@@ -66,24 +64,36 @@ def overwriting(monkeypatch):
 
 
 def test_the_probe_tells_who_has_conditional_puts(overwriting):
-    assert Store("memory://probed").has_conditional_put
-    assert not overwriting.has_conditional_put
+    assert Store("memory://probed").probe_conditional_put()
+    assert not overwriting.probe_conditional_put()
     assert overwriting.list() == []
 
 
+def test_a_store_is_probed_once(monkeypatch):
+    probes = []
+    monkeypatch.setattr(Store, "probe_conditional_put", lambda self: probes.append(self.url) or True)
+    for number in range(3):
+        assert Store("memory://probed-once").create(f"part-{number}", b"")
+    assert probes == ["memory://probed-once"]
+
+
+def test_a_probe_outlasts_a_passing_trouble(monkeypatch):
+    store, calls = Store("memory://probed-with-trouble"), []
+    put = MemoryFileSystem.pipe_file
+
+    def troubled(self, path, value, mode="overwrite", **options):
+        calls.append(mode)
+        if len(calls) in (1, 3):
+            raise OSError("503 Slow Down")
+        return put(self, path, value, mode=mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", troubled)
+    assert store.probe_conditional_put()
+    assert calls == ["overwrite", "overwrite", "create", "create"]
+
+
 def test_create_by_claims_has_one_winner(overwriting):
-    won = []
-    threads = [
-        threading.Thread(target=lambda i=i: won.append(i) if overwriting.create("runs/1", b"%d" % i) else None)
-        for i in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert overwriting.read("runs/1") == b"%d" % won[0]
-    assert [key for key, _ in overwriting.list()] == ["runs/1"]
+    race(overwriting, "runs/1", 8)
     assert not overwriting.create("runs/1", b"late")
 
 
@@ -122,4 +132,4 @@ def test_a_slug_is_always_a_safe_part_of_a_key(text):
 
 def test_what_an_object_store_calls_a_key(s3_url):
     assert Store(s3_url).uri("a.png") == f"{s3_url}/a.png"
-    assert Store(s3_url).has_conditional_put
+    assert Store(s3_url).probe_conditional_put()
