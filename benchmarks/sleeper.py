@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,7 +21,7 @@ class SleepingWorker(ImageWorker):
     """In the place of `ImageWorker`, for measuring what lies around it."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
-        super().__init__(config, num_threads)
+        super().__init__(replace(config, device="cpu"), num_threads)  # its GPU, if any, is a simulated one
         sink = io.BytesIO()
         Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(sink, "PNG")
         self.picture = sink.getvalue()

@@ -46,7 +46,7 @@ def colorize_shard(
     commit_every: int,
     image_timeout_seconds: float,
 ) -> Counter[str] | State[Any]:
-    """Colour a shard's images on one actor and commit their rows in parts; the variants by status."""
+    """Colour a shard's images, one after the other, and commit their rows in parts; the variants by status."""
     output = Store(config.output)
     counts: Counter[str] = Counter()
     pending: list[dict[str, Any]] = []
@@ -60,10 +60,10 @@ def colorize_shard(
         committed_at = time.monotonic()
 
     try:
-        with pool.borrow() as actor:
+        with pool.in_use():
             try:
                 for number, planned in enumerate(shard.images, 1):
-                    rows = colorize_on(actor, config, planned, image_timeout_seconds)
+                    rows = colorize_on(pool, config, planned, image_timeout_seconds)
                     pending += rows
                     counts.update(row["status"] for row in rows)
                     progress.image_done(rows)
@@ -191,7 +191,7 @@ def colorize_archive(
             counts: Counter[str] = Counter(plan.done_before)
             done_before = counts.total()
             logger.info("run %s: %d images to do, %d variants done before", config.run_id, plan.num_images, done_before)
-            # 3. one task per shard, each on an actor of its own
+            # 3. one task per shard, as many at a time as there are actors
             if plan.num_images:
                 with (
                     ray_actors(

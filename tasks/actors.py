@@ -1,17 +1,21 @@
 """Workers as Ray actors: started, lent, given up, and what becomes of an image whose actor dies."""
 
+import logging
 import os
 import secrets
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tasks.colorize import ImageWorker, Row, error_rows
 from tasks.planning import PlannedImage, RunConfig
 
+logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 """How often an image may kill its actor before it is quarantined."""
 MAX_NODE_LOSSES = 20
@@ -26,82 +30,125 @@ class RunStoppedError(RuntimeError):
     """The run is being stopped: no more images are begun."""
 
 
+class ActorGoneError(RuntimeError):
+    """An actor died, or was killed, under an image. node_lost: with its machine, which is nobody's fault."""
+
+    def __init__(self, reason: str, node_lost: bool = False) -> None:
+        super().__init__(reason)
+        self.node_lost = node_lost
+
+
 class PooledActor:
     """An actor, and the node that it runs on now."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
         self.node_id = ""
-        self.given_up = False
 
-    def wait_until_ready(self) -> None:
-        """Return once the model is loaded, after a restart too.
-
-        Raises RunStoppedError if the actor was given up, Ray's error if it cannot be started.
-        """
+    def colorize(self, planned: PlannedImage, timeout_seconds: float) -> list[Row]:
+        """Its rows of the image. Raises ActorGoneError; Ray's RayTaskError with what the actor raised."""
         import ray
 
+        reference = self.handle.colorize.remote(planned)
         try:
-            self.node_id = ray.get(self.handle.ready.options(max_task_retries=-1).remote())
-        except ray.exceptions.RayActorError:
-            if self.given_up:
-                raise RunStoppedError("the run is being stopped") from None
-            raise
-
-    def give_up(self) -> None:
-        """Kill it for good."""
-        import ray
-
-        self.given_up = True
-        ray.kill(self.handle)
-
-    def lost_its_node(self) -> bool:
-        """Whether the machine that it ran on is gone: then its death is nobody's fault."""
-        import ray
-
-        return not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
+            if ray.wait([reference], timeout=timeout_seconds)[0]:
+                return list(ray.get(reference))
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            alive = any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
+            raise ActorGoneError(str(error).strip().partition("\n")[0], node_lost=not alive) from None
+        ray.kill(self.handle, no_restart=False)
+        raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)")
 
 
 class ActorPool:
-    """Actors to lend, one borrower each: so an actor has one image in flight, and a crash blames one image only."""
+    """Actors to lend for one image each: so an actor has one image in flight, and a crash blames one image only.
+
+    An actor is lent once its model is loaded, and again so after its death, when Ray has started it
+    anew. The others work on meanwhile: nodes may join and leave.
+    """
 
     def __init__(self, handles: list[Any]) -> None:
-        self.actors = [PooledActor(handle) for handle in handles]
-        self._free = deque(self.actors)
+        self._actors = [PooledActor(handle) for handle in handles]
+        self._free: deque[PooledActor] = deque()
+        self._failures: list[BaseException] = []
         self._changed = threading.Condition()
+        self._users = 0
         self._closed = False
+        for actor in self._actors:
+            self._await_start(actor)
+
+    def _await_start(self, actor: PooledActor) -> None:
+        starting = actor.handle.ready.options(max_task_retries=-1).remote().future()
+        starting.add_done_callback(partial(self._started, actor))
+
+    def _started(self, actor: PooledActor, starting: Future[str]) -> None:
+        error = starting.exception()
+        with self._changed:
+            if error is None:
+                actor.node_id = starting.result()
+                self._free.append(actor)
+            elif not self._closed:
+                logger.warning("an actor cannot be started: %s", error)
+                self._failures.append(error)
+            self._changed.notify_all()
 
     @contextmanager
     def borrow(self) -> Iterator[PooledActor]:
-        """An idle actor, waiting for one if need be. Raises RunStoppedError once the pool is closed."""
+        """An idle actor, waiting for one if need be.
+
+        Raises RunStoppedError once the pool is closed; what kept the last actor from starting if none is left.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._closed)
+            self._changed.wait_for(lambda: self._free or self._closed or len(self._failures) == len(self._actors))
             if self._closed:
                 raise RunStoppedError("the run is being stopped")
+            if not self._free:
+                raise self._failures[-1]
             actor = self._free.popleft()
+        afterwards = self._give_back
         try:
             yield actor
+        except ActorGoneError:
+            afterwards = self._await_start
+            raise
+        finally:
+            afterwards(actor)
+
+    def _give_back(self, actor: PooledActor) -> None:
+        with self._changed:
+            self._free.append(actor)
+            self._changed.notify_all()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For the time of a shard, its commits included: `close` waits for it."""
+        with self._changed:
+            self._users += 1
+        try:
+            yield
         finally:
             with self._changed:
-                self._free.append(actor)
+                self._users -= 1
                 self._changed.notify_all()
 
     def close(self, wait_seconds: float = 60.0) -> None:
-        """Give the actors up and wait until every borrower has committed what it had and gone."""
+        """Kill the actors and wait until every user has committed what it had and gone."""
+        import ray
+
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for actor in self.actors:
-            actor.give_up()
+        for actor in self._actors:
+            ray.kill(actor.handle)
         with self._changed:
-            self._changed.wait_for(lambda: len(self._free) == len(self.actors), timeout=wait_seconds)
+            self._changed.wait_for(lambda: not self._users, timeout=wait_seconds)
 
 
 @contextmanager
 def ray_actors(
     config: RunConfig, *, num_actors: int, gpus_per_actor: float, ray_address: str | None
 ) -> Iterator[ActorPool]:
-    """Actors with the model loaded; killed at the end, with the local Ray if it was started here.
+    """Actors that load the model; killed at the end, with the local Ray if it was started here.
 
     A Ray that is started here demands a token made for it alone: other users of the machine cannot
     reach it, and no token file is left in the home directory. For a cluster at `ray_address` the
@@ -139,8 +186,6 @@ def ray_actors(
     )
     pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
     try:
-        for actor in pool.actors:
-            actor.wait_until_ready()
         yield pool
     finally:
         pool.close()
@@ -148,15 +193,12 @@ def ray_actors(
             ray.shutdown()
 
 
-def colorize_on(
-    actor: PooledActor, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float
-) -> list[Row]:
-    """Colour one image on an actor. Every outcome is rows, but for RunStoppedError and an actor that cannot be started.
+def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float) -> list[Row]:
+    """Colour one image on an actor of the pool. Every outcome is rows, but for what `borrow` raises.
 
-    A dead actor is started again by Ray and the image tried again, up to `MAX_ATTEMPTS`; then the
-    image is quarantined with what happened each time. An image that takes longer than
-    `image_timeout_seconds` has its actor killed, which counts as such a death; that of an actor whose
-    node is lost does not.
+    An image whose actor dies is tried again, up to `MAX_ATTEMPTS`; then it is quarantined with what
+    happened each time. An image that takes longer than `image_timeout_seconds` has its actor killed,
+    which counts as such a death; that of an actor whose node is lost does not.
     """
     import ray
 
@@ -166,20 +208,14 @@ def colorize_on(
     losses = 0
     while len(deaths) < MAX_ATTEMPTS:
         try:
-            reference = actor.handle.colorize.remote(planned)
-            done, _ = ray.wait([reference], timeout=image_timeout_seconds)
-            if done:
-                return list(ray.get(reference))
-            ray.kill(actor.handle, no_restart=False)
-            deaths.append(f"no result within {image_timeout_seconds:.0f} s (--image-timeout)")
+            with pool.borrow() as actor:
+                return actor.colorize(planned, image_timeout_seconds)
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
-        except ray.exceptions.RayActorError as error:
-            if losses < MAX_NODE_LOSSES and actor.lost_its_node():
-                losses += 1
-            else:
-                deaths.append(str(error).strip().partition("\n")[0])
-        actor.wait_until_ready()  # Ray starts it again
+        except ActorGoneError as gone:
+            losses += gone.node_lost
+            if not gone.node_lost or losses > MAX_NODE_LOSSES:
+                deaths.append(str(gone))
     history = "; ".join(f"{number}. {death}" for number, death in enumerate(deaths, 1))
     reason = f"its worker died {len(deaths)} times on this image: {history}"
     return error_rows(config, planned, "quarantined", DeadlyImageError(reason))

@@ -89,6 +89,9 @@ def _score_one(
     if judge is not None:
         anti_color = pipe.settings.stage1.anti_color_prompts
         figures |= judged(judge, result.image, case.prompt or case.context_prompt, case.context_prompt, anti_color)
+        if case.prompt is None:  # the truth is one right answer: what it gets is what can be had
+            truly = judged(judge, case.truth, case.context_prompt, case.context_prompt, anti_color)
+            figures["clip_similarity_of_truth"] = truly["clip_similarity"]
     if case.edited is None:
         return figures
     mask = case.scene.masks[case.edited]

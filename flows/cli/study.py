@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.cli.common import ModelOption, PresetOption, SeedOption, app, console, errors, fail
 
@@ -86,7 +86,8 @@ def study(
     summary = summarise(figures)
     for name, values in summary.items():
         title = f"{name}: {METHODS[name].description}"
-        table = Table("figure", "mean", "95% interval", "scenes", f"less {methods[0]}, 95% interval", title=title)
+        others = ("mean", "95% interval", "scenes", f"less {methods[0]}, 95% interval")
+        table = Table(Column("figure", no_wrap=True), *others, title=title)
         for figure, value in values.items():
             difference = (
                 f"{value['difference']['mean']:.4g} ({_range(value['difference'])})" if "difference" in value else ""

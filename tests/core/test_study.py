@@ -114,6 +114,7 @@ def test_a_study_runs_and_scores_saved_files(tiny_folder, tmp_path, task):
         assert len(figures[method]["clip_similarity"]) == 2
     assert ("edit_success" in summary["full"]) == (task == "edit")
     assert ("leakage" in summary["full"]) == (task != "automatic")
+    assert ("clip_similarity_of_truth" in summary["full"]) == (task == "automatic")
 
 
 def test_photographs_are_compared_with_what_they_were(tiny_folder, tmp_path):
