@@ -73,7 +73,7 @@ def measure(num_actors: int, num_images: int, num_changes: int) -> dict[str, Any
         summary = flow.result()
         store = Store(f"{folder}/out")
         rows = query(store, "select epoch(started_at), epoch(finished_at) from attempts order by 1").fetchall()
-        findings = verify(store)
+        findings = list(verify(store))
     cluster.shutdown()
     assert summary == {"ok": num_images, "quarantined": 0, "failed": 0, "done_before": 0}, summary
     assert len(rows) == num_images, "a row for each image, no more"

@@ -1,6 +1,6 @@
 """Check a run from its saved files: size, bit depth, luminance; optionally statuses against an index.
 
-python benchmarks/remeasure.py OUTPUT [--index index.csv]
+python -m benchmarks.remeasure OUTPUT [--index index.csv]
 
 Reads every ok row's input and output again and prints p99 |dL*| and the share of white (L* > 99.5) in both.
 Index: columns file and expected ("decodes" or another word), as in ../shared/data/hostile.
@@ -10,6 +10,7 @@ import csv
 from pathlib import Path
 from typing import Annotated
 
+import fsspec
 import numpy as np
 import typer
 from rich.console import Console
@@ -32,7 +33,7 @@ def main(
     for key, status, input_uri, output_uri, peak in rows:
         if status != "ok":
             continue
-        scan, result = read_scan(input_uri), read_scan(output_uri)
+        scan, result = (read_scan(fsspec.open(uri).open().read()) for uri in (input_uri, output_uri))
         if scan.lightness.shape != result.lightness.shape or scan.bit_depth != result.bit_depth:
             wrong.append(f"{key}: another size or bit depth than its scan")
             continue
@@ -45,7 +46,7 @@ def main(
     if index is not None:
         with index.open(newline="") as file:
             expected = {row["file"]: row["expected"] == "decodes" for row in csv.DictReader(file)}
-        found = {key: status == "ok" for key, status, *_ in rows}
+        found = {Path(key).name: status == "ok" for key, status, *_ in rows}
         wrong += [f"{key}: status disagrees with the index" for key in expected if found.get(key) != expected[key]]
     Console(width=140).print(table)
     print(f"{len(rows)} rows, {len(wrong)} wrong", *wrong, sep="\n")

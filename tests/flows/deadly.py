@@ -2,11 +2,12 @@
 
 import os
 import threading
+from pathlib import Path
 
 from diffcolor_core import Fit
 from tasks import colorize
 from tasks.colorize import ImageWorker, Row
-from tasks.planning import PlannedImage
+from tasks.planning import PlannedImage, RunConfig
 
 
 class DeadlyWorker(ImageWorker):
@@ -16,6 +17,23 @@ class DeadlyWorker(ImageWorker):
         if planned.work.image_key == "scan 2.png":
             raise RuntimeError("the store is away")
         return super().colorize(planned)
+
+
+class BrokenWorker(ImageWorker):
+    def __init__(self, *arguments: object) -> None:
+        raise RuntimeError("no model on this machine")
+
+
+class HalfBrokenWorker(ImageWorker):
+    """Of all its processes the first one cannot be started."""
+
+    def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
+        try:
+            Path(f"{config.output}.broken").touch(exist_ok=False)
+        except FileExistsError:
+            super().__init__(config, num_threads)
+        else:
+            raise RuntimeError("no model on this machine")
 
 
 class HangingWorker(ImageWorker):

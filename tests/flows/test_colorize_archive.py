@@ -213,6 +213,27 @@ def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder,
     assert "1. no result within 30 s" in message
 
 
+def test_a_run_without_any_actor_fails_and_says_why(small_archive, tiny_folder, tmp_path, monkeypatch):
+    from tasks import actors
+    from tests.flows.deadly import BrokenWorker
+
+    monkeypatch.setattr(actors, "ImageWorker", BrokenWorker)
+    with pytest.raises(Exception, match="no model on this machine"):
+        colorize_archive(archive=str(small_archive), output=str(tmp_path / "out"), model=str(tiny_folder))
+
+
+def test_an_actor_that_cannot_be_started_is_left_out(small_archive, tiny_folder, tmp_path, monkeypatch, caplog):
+    from tasks import actors
+    from tests.flows.deadly import HalfBrokenWorker
+
+    monkeypatch.setattr(actors, "ImageWorker", HalfBrokenWorker)
+    summary = colorize_archive(
+        archive=str(small_archive), output=str(tmp_path / "out"), model=str(tiny_folder), num_actors=2, shard_size=1
+    )
+    assert summary == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
+    assert "an actor cannot be started" in caplog.text
+
+
 def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, tiny_folder, tmp_path, monkeypatch):
     from tasks import actors
     from tests.flows.deadly import DeadlyWorker
