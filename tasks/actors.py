@@ -20,6 +20,8 @@ MAX_ATTEMPTS = 3
 """How often an image may kill its actor before it is quarantined."""
 MAX_NODE_LOSSES = 20
 """How often an image is tried again because a whole machine was lost under it."""
+NODE_LOSS_SECONDS = 30.0
+"""Within which Ray notices that a machine is gone: it asks five times, every three seconds."""
 
 
 class DeadlyImageError(RuntimeError):
@@ -54,10 +56,16 @@ class PooledActor:
             if ray.wait([reference], timeout=timeout_seconds)[0]:
                 return list(ray.get(reference))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            alive = any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
-            raise ActorGoneError(str(error).strip().partition("\n")[0], node_lost=not alive) from None
+            raise ActorGoneError(str(error).strip().partition("\n")[0], self._lost_its_node()) from None
         ray.kill(self.handle, no_restart=False)
         raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)")
+
+    def _lost_its_node(self) -> bool:
+        """Whether its machine is gone: known once Ray has started it again, or has missed the machine."""
+        import ray
+
+        ray.wait([self.handle.ready.options(max_task_retries=-1).remote()], timeout=NODE_LOSS_SECONDS)
+        return not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
 
 
 class ActorPool:
