@@ -75,7 +75,7 @@ class Run:
         """SIGKILL to its processes whose command line holds one of the words; how many there were."""
         return _kill(self.processes(*words))
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 900) -> int:
         """Its exit code."""
         return self.process.wait(seconds)
 
