@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -46,6 +47,7 @@ class PooledActor:
     def __init__(self, handle: Any) -> None:
         self.handle = handle
         self.node_id = ""
+        self.given_up = False
 
     def colorize(self, planned: PlannedImage, timeout_seconds: float) -> list[Row]:
         """Its rows of the image. Raises ActorGoneError; Ray's RayTaskError with what the actor raised."""
@@ -64,7 +66,11 @@ class PooledActor:
         """Whether its machine is gone: known once Ray has started it again, or has missed the machine."""
         import ray
 
-        ray.wait([self.handle.ready.options(max_task_retries=-1).remote()], timeout=NODE_LOSS_SECONDS)
+        started_again = [self.handle.ready.options(max_task_retries=-1).remote()]
+        deadline = time.monotonic() + NODE_LOSS_SECONDS
+        while not self.given_up and time.monotonic() < deadline:
+            if ray.wait(started_again, timeout=1)[0]:
+                break
         return not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
 
 
@@ -147,6 +153,7 @@ class ActorPool:
             self._closed = True
             self._changed.notify_all()
         for actor in self._actors:
+            actor.given_up = True
             ray.kill(actor.handle)
         with self._changed:
             self._changed.wait_for(lambda: not self._users, timeout=wait_seconds)
