@@ -71,7 +71,7 @@ class PooledActor:
         while not self.given_up and time.monotonic() < deadline:
             if ray.wait(started_again, timeout=1)[0]:
                 break
-        return not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
+        return not self.given_up and not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes())
 
 
 class ActorPool:

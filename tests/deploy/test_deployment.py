@@ -1,7 +1,6 @@
 """The deployment for real: Prefect server on loopback, deploy, process worker, `prefect deployment run --watch`."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,7 +15,6 @@ from pydantic import BaseModel, ConfigDict
 from tasks.manifest import query
 from tasks.storage import Store
 from tests.conftest import wait_for
-from tests.faults.harness import make_archive
 
 ROOT = Path(__file__).parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")
@@ -167,21 +165,3 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     )
     assert "finished successfully" in text
     assert query(Store(str(output)), "select count(*) from results where fit_reused").fetchall() == [(1,)]
-
-    many = make_archive(tmp_path / "many", 16)
-    cancelled = Store(str(tmp_path / "cancelled"))
-    text = prefect(
-        *("deployment", "run", "colorize-archive/on-demand"),
-        *("-p", f"archive={many}", "-p", f"output={cancelled.url}", "-p", f"model={tiny_folder}"),
-    )
-    (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
-    wait_for(lambda: sum("/target-" in key for key, _ in cancelled.list()) >= 3, seconds=200)
-    prefect("flow-run", "cancel", flow_run_id)
-
-    def state() -> str:
-        return httpx.get(f"{prefect.api}/flow_runs/{flow_run_id}").json()["state_type"]
-
-    wait_for(lambda: state() == "CANCELLED", seconds=120)
-    assert cancelled.has("runs/000001.end"), "a cancelled run must not look alive"
-    ((num_ok,),) = query(cancelled, "select count(*) from results where status = 'ok'").fetchall()
-    assert 2 <= num_ok < 17, "what was finished is committed, what was not is left to the next run"
