@@ -4,16 +4,18 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from tasks.colorize import ImageWorker, Row, error_rows
+from tasks.local_ray import local_ray
 from tasks.planning import PlannedImage, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -165,47 +167,44 @@ def ray_actors(
 ) -> Iterator[ActorPool]:
     """Actors that load the model; killed at the end, with the local Ray if it was started here.
 
-    A Ray that is started here demands a token made for it alone: other users of the machine cannot
-    reach it, and no token file is left in the home directory. For a cluster at `ray_address` the
-    caller's RAY_AUTH_MODE and token hold. Ray reads these variables when it is imported: hence the
-    late import, here and elsewhere in this file.
+    A Ray that is started here listens on loopback only (or else on all interfaces) and demands a token
+    made for it alone: other users of the machine cannot reach it, and no token file is left in the home
+    directory. For a cluster at `ray_address` the caller's RAY_AUTH_MODE and token hold. Ray reads these
+    variables when it is imported: hence the late import, here and elsewhere in this file; a caller
+    who has imported it has decided them.
     """
-    if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if ray_address is None and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # its only switch for loopback
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Threads that spin for long starve other processes of the machine; that never spin, the steps themselves.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import ray
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if ray_address is None else {}
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(address=ray_address or "local", log_to_driver=False, logging_level="warning", **local)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process
-    resources = ray.cluster_resources()
-    cores, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    if ray_address is None and num_actors * gpus_per_actor > gpus:
-        if started_here:
-            ray.shutdown()
-        raise ValueError(
-            f"{num_actors} actors with {gpus_per_actor:g} GPUs each need more than the {gpus:g} GPUs of this machine: "
-            "take fewer actors, or a share of a GPU for each, or a Ray cluster"
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            address = ray_address or stack.enter_context(local_ray())
+            on_sigterm = signal.getsignal(signal.SIGTERM)
+            stack.callback(ray.shutdown)
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process
+        resources = ray.cluster_resources()
+        cores, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+        if ray_address is None and num_actors * gpus_per_actor > gpus:
+            raise ValueError(
+                f"{num_actors} actors with {gpus_per_actor:g} GPUs each need more than the {gpus:g} GPUs of this "
+                "machine: take fewer actors, or a share of a GPU for each, or a Ray cluster"
+            )
+        share = cores / num_actors  # below 1 they share cores: an actor that Ray cannot place is waited for without end
+        threads = max(1, int(share)) if gpus_per_actor == 0 else None
+        remote = ray.remote(ImageWorker).options(
+            num_cpus=min(share, threads or 1), num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=0
         )
-    share = cores / num_actors  # below 1, actors share cores: one that Ray cannot place would be waited for without end
-    threads = max(1, int(share)) if gpus_per_actor == 0 else None
-    num_cpus = min(share, threads or 1)
-    remote = ray.remote(ImageWorker).options(
-        num_cpus=num_cpus, num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=0
-    )
-    pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
-    try:
+        pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
+        stack.callback(pool.close)
         yield pool
-    finally:
-        pool.close()
-        if started_here:
-            ray.shutdown()
 
 
 def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float) -> list[Row]:

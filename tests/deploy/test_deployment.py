@@ -1,6 +1,8 @@
 """The deployment for real: Prefect server on loopback, deploy, process worker, `prefect deployment run --watch`."""
 
 import os
+import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.manifest import query
 from tasks.storage import Store
 from tests.conftest import wait_for
+from tests.faults.harness import MARK, make_archive, processes
 
 ROOT = Path(__file__).parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")
@@ -84,6 +87,7 @@ def prefect(tmp_path):
         "DIFFCOLOR_ARCHIVE": "in",
         "DIFFCOLOR_OUTPUT": "out",
         "NO_COLOR": "1",
+        MARK: secrets.token_hex(8),
         "COLUMNS": "200",
     }
     started = []
@@ -120,6 +124,7 @@ def prefect(tmp_path):
     wait_for(healthy, seconds=120)
     run.start = start  # type: ignore[attr-defined]
     run.api = f"http://127.0.0.1:{port}/api"  # type: ignore[attr-defined]
+    run.mark = env[MARK]  # type: ignore[attr-defined]
     yield run
     for process in reversed(started):
         os.killpg(process.pid, signal.SIGINT)
@@ -165,3 +170,23 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     )
     assert "finished successfully" in text
     assert query(Store(str(output)), "select count(*) from results where fit_reused").fetchall() == [(1,)]
+
+    # a cancelled run commits what is finished, releases its actors, and is ended
+    many = make_archive(tmp_path / "many", 16)
+    cancelled = Store(str(tmp_path / "cancelled"))
+    text = prefect(
+        *("deployment", "run", "colorize-archive/on-demand"),
+        *("-p", f"archive={many}", "-p", f"output={cancelled.url}", "-p", f"model={tiny_folder}"),
+    )
+    (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
+    wait_for(lambda: sum("/target-" in key for key, _ in cancelled.list()) >= 3, seconds=200)
+    prefect("flow-run", "cancel", flow_run_id)
+
+    def state() -> str:
+        return httpx.get(f"{prefect.api}/flow_runs/{flow_run_id}").json()["state_type"]
+
+    wait_for(lambda: state() == "CANCELLED", seconds=120)
+    wait_for(lambda: not processes(prefect.mark, "ray::", "raylet"), seconds=60)
+    assert cancelled.has("runs/000001.end"), "a cancelled run must not look alive"
+    ((num_ok,),) = query(cancelled, "select count(*) from results where status = 'ok'").fetchall()
+    assert 2 <= num_ok < 17, "what was finished is committed, what was not is left to the next run"

@@ -70,12 +70,17 @@ def kill_actor(bench: Bench, output: str, rounds: int, rng: random.Random) -> Re
 
 @fault("SIGKILL of the whole run at a random moment")
 def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    """To its process group, of which Ray is no part: it must notice, and end by itself."""
     injected = 0
     for _ in range(rounds):
-        with bench.run(output) as run, contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(rng.uniform(3, 45))
-            break  # it came to its end: there is nothing left to disturb
-        injected += 1  # leaving the context has killed every process of it
+        with bench.run(output) as run:
+            try:
+                run.wait(rng.uniform(3, 45))
+                break  # it came to its end: there is nothing left to disturb
+            except subprocess.TimeoutExpired:
+                os.killpg(run.process.pid, signal.SIGKILL)
+                injected += 1
+                _assert_no_actors(run)
     return bench.reckon(output, injected)
 
 

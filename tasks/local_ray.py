@@ -1,0 +1,56 @@
+"""A Ray for one run on this machine, in a session of its own.
+
+A signal to the run's process group (Ctrl-C in a terminal, the cancel of Prefect's worker) thus reaches the run alone,
+and what is finished can still be committed. It ends with the run, however that ends: a closed pipe tells it.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+END_SECONDS = 30.0
+"""For Ray's processes to end before they are killed."""
+
+
+@contextmanager
+def local_ray() -> Iterator[str]:
+    """Ray's address, for as long as the context lasts. Raises RuntimeError if it does not start.
+
+    The environment's RAY_AUTH_MODE and token hold for it.
+    """
+    keeper = subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert keeper.stdin is not None
+    assert keeper.stdout is not None
+    try:
+        address = keeper.stdout.readline().decode().strip()
+        if not address:
+            raise RuntimeError(f"Ray could not be started on this machine (exit code {keeper.wait()}): see above")
+        yield address
+    finally:
+        keeper.stdin.close()
+        try:
+            keeper.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            keeper.kill()  # Ray's own processes die with it
+            keeper.wait()
+        keeper.stdout.close()
+
+
+def main() -> None:
+    """Start Ray, print its address, and end it once nobody holds the other end of standard input."""
+    import ray
+
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
