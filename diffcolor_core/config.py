@@ -7,9 +7,10 @@ Step counts and rates marked [P] are the paper's, [A] the author's prototype's, 
 import difflib
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class _Record(BaseModel):
@@ -168,13 +169,35 @@ PRESETS: dict[str, Settings] = {
 }
 
 
-def preset(name: str) -> Settings:
-    """The settings called `name`.
+def preset(name: str, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """The settings called `name`, some of them overridden by path: {"stage2.adapter_rank": 4}.
 
-    Raises ValueError with the names there are.
+    Raises ValueError for a name, a path or a value that cannot be, with the nearest name or path that can.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no preset {name!r}{hint}: choose one of {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]
+        raise ValueError(f"no preset {name!r}{_hint(name, PRESETS)}: choose one of {', '.join(sorted(PRESETS))}")
+    values = PRESETS[name].model_dump()
+    places = dict(_places(values))
+    for path, value in (overrides or {}).items():
+        if path not in places:
+            raise ValueError(f"no setting {path!r}{_hint(path, places)}: there are {', '.join(places)}")
+        places[path][path.rpartition(".")[2]] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"setting {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(wrong) from error
+
+
+def _places(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every setting's path, and the group that holds it."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _places(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, values
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

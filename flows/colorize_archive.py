@@ -125,6 +125,7 @@ def colorize_archive(
     retry: Literal["failed", "quarantined"] = "failed",
     commit_every: AtLeastOne = 8,
     image_timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0,
+    overrides: dict[str, Any] | None = None,
     whole_archive: bool = True,
 ) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
@@ -151,6 +152,7 @@ def colorize_archive(
         retry: What is tried again besides what is not done: "failed", or "quarantined" as well.
         commit_every: Images per manifest part: what a crash may lose of a shard's work.
         image_timeout_seconds: Kill an image's actor after so long: a decoder or a driver may hang.
+        overrides: Settings that differ from the preset's, by path: {"stage2.adapter_rank": 4}.
         whole_archive: Off, only the images that the catalog names.
     """
     logger = get_run_logger()
@@ -164,7 +166,8 @@ def colorize_archive(
         model_id=model_id,
         model_revision=model_revision,
         preset=preset,
-        settings=settings_preset(preset),
+        settings=settings_preset(preset, overrides),
+        overrides=overrides,
         seed=seed,
         device="cuda" if gpus_per_actor > 0 else "cpu",
         image_format=image_format,

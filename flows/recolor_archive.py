@@ -22,7 +22,7 @@ def recolor_archive(
 ) -> dict[str, int]:
     """Add variants to an output without fitting again; return how many of the asked ones there are by status.
 
-    Archive, model, preset, seed and file formats are those of the output's last run. An image whose
+    Archive, model, settings, seed and file formats are those of the output's last run. An image whose
     fit is not there any more is fitted first.
 
     Args:
@@ -36,9 +36,9 @@ def recolor_archive(
     record = last_record(Store(output))
     if record is None:
         raise ManifestError(f"no run has been recorded in {output!r}: colorize an archive into it first")
-    same = ("archive", "output", "model", "preset", "seed", "image_format", "access_copy", "keep_fits")
+    same = ("archive", "output", "model", "preset", "seed", "image_format", "access_copy", "keep_fits", "overrides")
     return colorize_archive(
-        **({key: record[key] for key in same} | {"output": output}),
+        **({key: record[key] for key in same if key in record} | {"output": output}),
         catalog=catalog,
         num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,

@@ -4,10 +4,11 @@ A signal to the run's process group (Ctrl-C in a terminal, the cancel of Prefect
 and what is finished can still be committed. It ends with the run, however that ends: a closed pipe tells it.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 END_SECONDS = 30.0
 """For Ray's processes to end before they are killed."""
@@ -47,8 +48,9 @@ def main() -> None:
     import ray
 
     ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
-    print(ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
+    with suppress(BrokenPipeError):  # the run has died meanwhile
+        os.write(sys.stdout.fileno(), f"{ray.get_runtime_context().gcs_address}\n".encode())
+        sys.stdin.read()
     ray.shutdown()
 
 

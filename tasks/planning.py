@@ -46,8 +46,11 @@ class RunConfig:
     preset: str
     """Name of the settings."""
     settings: Settings
+    """The preset's, with `overrides`."""
     seed: int
     device: str
+    overrides: dict[str, Any] | None = None
+    """As for `preset`: settings that differ from it, by path."""
     image_format: Literal["png", "tiff"] = "png"
     """Of the colorized pictures: lossless, at the scan's bit depth."""
     access_copy: Literal["jpeg", "webp"] | None = None

@@ -89,9 +89,10 @@ def _score_one(
     if judge is not None:
         anti_color = pipe.settings.stage1.anti_color_prompts
         figures |= judged(judge, result.image, case.prompt or case.context_prompt, case.context_prompt, anti_color)
-        if case.prompt is None:  # the truth is one right answer: what it gets is what can be had
-            truly = judged(judge, case.truth, case.context_prompt, case.context_prompt, anti_color)
-            figures["clip_similarity_of_truth"] = truly["clip_similarity"]
+        if case.prompt is None:  # what the truth gets is what can be had; the gray scan shows what the judge can tell
+            for name, picture in (("truth", case.truth), ("gray", case.gray)):
+                known = judged(judge, picture, case.context_prompt, case.context_prompt, anti_color)
+                figures |= {f"{figure}_of_{name}": known[figure] for figure in ("clip_similarity", "clip_margin")}
     if case.edited is None:
         return figures
     mask = case.scene.masks[case.edited]
@@ -135,14 +136,16 @@ def _peak_memory_bytes(device: torch.device) -> float:
 def judged(
     judge: Checkpoint, picture: Picture, prompt: str, context_prompt: str, anti_color: tuple[str, ...]
 ) -> dict[str, float]:
-    """clip_similarity with the prompt; anti_color_look: 1 if an anti-colour prompt fits better than the context's."""
+    """What a CLIP says of a picture.
+
+    clip_similarity: with the prompt. clip_margin: with the context prompt, less that with the anti-colour
+    prompt that fits best: the two sides of equation (1). anti_color_look: 1 if the margin is negative.
+    """
     x = torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1)[None].float().to(judge.device) / 127.5 - 1
     text = judge.clip_text_features([prompt, context_prompt, *anti_color])
     similarity = (judge.clip_image_features(x) @ text.T)[0]
-    return {
-        "clip_similarity": float(similarity[0]),
-        "anti_color_look": float(similarity[2:].max() > similarity[1]),
-    }
+    margin = float(similarity[1] - similarity[2:].max())
+    return {"clip_similarity": float(similarity[0]), "clip_margin": margin, "anti_color_look": float(margin < 0)}
 
 
 def summarise(figures: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, Any]]]:

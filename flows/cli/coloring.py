@@ -17,10 +17,12 @@ from flows.cli.common import (
     RayOption,
     RunIdOption,
     SeedOption,
+    SetOption,
     app,
     console,
     errors,
     fail,
+    overrides_of,
 )
 
 
@@ -35,6 +37,7 @@ def colorize(
     ] = None,
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
+    set_: SetOption = None,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
     image_format: Annotated[
@@ -58,7 +61,7 @@ def colorize(
 
     targets = target or []
     try:
-        settings = settings_preset(preset)
+        settings = settings_preset(preset, overrides_of(set_))
         scan = read_scan(image)
         pipe = DiffColor.from_pretrained(model, settings=settings, device=device)
     except (ValueError, OSError) as error:
@@ -112,6 +115,7 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="Context prompt of images for which the catalog has none.")] = None,
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
+    set_: SetOption = None,
     num_actors: NumActorsOption = 1,
     gpus_per_actor: GpusOption = 0.0,
     ray_address: RayOption = None,
@@ -153,7 +157,8 @@ def run(
     from tasks.storage import Store
 
     try:
-        settings_preset(preset)
+        overrides = overrides_of(set_)
+        settings_preset(preset, overrides)
         identify(model)
         if not Store(archive).exists():
             raise FileNotFoundError(f"there is no archive at {archive!r}")
@@ -169,6 +174,7 @@ def run(
         prompt=prompt,
         model=model,
         preset=preset,
+        overrides=overrides or None,
         num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,
         ray_address=ray_address,
@@ -198,7 +204,7 @@ def recolor(
 ) -> None:
     """Give images of an output new colours from their kept fits: the Prefect flow `recolor-archive`.
 
-    Adds variants to the manifest. Archive, model, preset and seed are those of the last run. An image
+    Adds variants to the manifest. Archive, model, settings and seed are those of the last run. An image
     without a fit is fitted first.
 
     Example: `diffcolor recolor out/demo --catalog new_targets.csv`

@@ -1,5 +1,6 @@
 """What the commands share: the app, the options, how errors and tables are printed."""
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -29,12 +30,35 @@ ModelOption = Annotated[
 PresetOption = Annotated[
     str, typer.Option(help="`demo`: seconds on a CPU, for the demo model. `paper`: 1500/500/1000 steps, a GPU's work.")
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="A setting other than the preset's: `stage2.adapter_rank=4`. Repeat it."
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of every random draw: same seed, same bytes.")]
 NumActorsOption = Annotated[int, typer.Option(min=1, help="Ray actors: images worked on at a time.")]
 GpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each; 0 runs on the CPU.")]
 RayOption = Annotated[str | None, typer.Option(help="An existing Ray cluster. Default: a local Ray for this run.")]
 RunIdOption = Annotated[str | None, typer.Option(help="Name of the run in the manifest. Default: its start time.")]
 OutputArgument = Annotated[str, typer.Argument(help="The folder (or fsspec URL) that `diffcolor run` wrote to.")]
+
+
+def overrides_of(assignments: list[str] | None) -> dict[str, Any]:
+    """`--set` as the core takes it; a value is JSON (4, 0.5, true, null, [1.0, 1.2]) or else a word.
+
+    Raises ValueError for one without "=".
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments or ():
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment!r}: write it as PATH=VALUE, e.g. stage2.adapter_rank=4")
+        try:
+            overrides[path] = json.loads(text)
+        except ValueError:
+            overrides[path] = text
+    return overrides
 
 
 def fail(error: Exception, code: int) -> typer.Exit:

@@ -8,7 +8,17 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from flows.cli.common import ModelOption, PresetOption, SeedOption, app, console, errors, fail
+from flows.cli.common import (
+    ModelOption,
+    PresetOption,
+    SeedOption,
+    SetOption,
+    app,
+    console,
+    errors,
+    fail,
+    overrides_of,
+)
 
 
 @app.command()
@@ -24,6 +34,7 @@ def study(
     seed: SeedOption = 0,
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
+    set_: SetOption = None,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
     judge: Annotated[
         str | None,
@@ -65,7 +76,7 @@ def study(
         if perceptual and photos is None:
             raise ValueError("--perceptual compares photographs: give --photos")
         networks = Perceptual.load() if perceptual else None
-        settings = settings_preset(preset)
+        settings = settings_preset(preset, overrides_of(set_))
         checkpoint = load_checkpoint(model, device=device)
         judge = judge or (str(DEMO_JUDGE) if model == "demo" else None)
         judging = None if judge is None else load_checkpoint(model, clip=judge, device=device)

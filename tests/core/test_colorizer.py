@@ -246,3 +246,26 @@ def test_presets():
         preset("fast")
     with pytest.raises(ValueError, match="learning_rat"):
         Stage1Settings(learning_rat=1.0)  # type: ignore[call-arg]
+
+
+def test_settings_that_differ_from_a_preset():
+    changed = preset("paper", {"stage2.adapter_rank": 4, "batch_size": 2, "stage2.alphas": [1.0, 1.2]})
+    assert (changed.stage2.adapter_rank, changed.batch_size, changed.stage2.alphas) == (4, 2, (1.0, 1.2))
+    assert changed.stage1 == preset("paper").stage1
+    assert preset("paper").stage2.adapter_rank is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stage2.adapter_rnk", 4, r"no setting 'stage2.adapter_rnk' \(did you mean 'stage2.adapter_rank'\?\)"),
+        ("stage2", 4, "no setting 'stage2'"),
+        ("adapter_rank.x.y", 4, "no setting"),
+        ("stage2.adapter_rank", 0, r"setting stage2.adapter_rank: Input should be greater than or equal to 1"),
+        ("stage2.adapter_rank", "four", "setting stage2.adapter_rank: .*integer"),
+        ("stage1.diffusion_target", "nois", "setting stage1.diffusion_target: .*'noise' or 'prior'"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_with_the_nearest_that_can(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        preset("demo", {path: value})

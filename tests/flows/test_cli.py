@@ -76,6 +76,8 @@ def test_a_study_by_command(run, tiny_folder, tmp_path):
     [
         ({"--model": "nonsense"}, "no model 'nonsense'"),
         ({"--preset": "fast"}, "no preset 'fast'"),
+        ({"--set": "stage2.alpha=1"}, "did you mean 'stage2.alphas'"),
+        ({"--set": "batch_size"}, "PATH=VALUE"),
         ({"--prompt": " "}, "context prompt is empty"),
         ({"image": "broken.jpg"}, "OSError|truncated|not a picture"),
         ({"image": "none.png"}, "No such file"),
@@ -111,6 +113,22 @@ def test_an_archive_by_command(run, small_archive, tiny_folder, tmp_path):
     text = run("status", output)
     assert "first" in text
     assert "UnreadableImageError" in text
+
+
+def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_folder, tmp_path):
+    output, targets = tmp_path / "out", tmp_path / "targets.csv"
+    options = ("--model", tiny_folder, "--limit", 2, "--set", "stage2.adapter_rank=2", "--set", "stage1.enabled=false")
+    run("run", small_archive, output, *options, code=3)
+    targets.write_text("image,target_prompt\nscan 0.png,a white ball on a red table\n")
+    run("recolor", output, "--catalog", targets)
+    sql = "select fit_reused, count(*) as n from results where status = 'ok' group by all order by all"
+    assert json.loads(run("query", output, sql, "--format", "json")) == [
+        {"fit_reused": False, "n": 2},
+        {"fit_reused": True, "n": 1},
+    ]
+    record = json.loads((output / "runs" / "000002.json").read_text())
+    assert record["overrides"] == {"stage2.adapter_rank": 2, "stage1.enabled": False}
+    assert record["settings"]["stage2"]["adapter_rank"] == 2
 
 
 def test_nothing_there(run, tmp_path):
