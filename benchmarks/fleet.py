@@ -3,8 +3,8 @@
 python -m benchmarks.fleet --json benchmarks/results/scale.json
 
 One run of the real flow. The nodes are Ray nodes of this one machine and join one by one: its cores bound
-how fast their processes start (each needs 0.5 GB, of memory or swap). Asserts that every image is done exactly once and none is
-blamed for the loss of its node. Draws docs/fleet.png.
+how fast their processes start (each needs 0.4 GB, of memory or swap). Asserts that every image is done exactly
+once and none is blamed for the loss of its node. Draws docs/fleet.png.
 """
 
 import os
@@ -71,7 +71,7 @@ def measure(num_nodes: int, num_images: int, num_losses: int) -> dict[str, Any]:
     """The run: nodes join until there are `num_nodes`, then `num_losses` times one dies and a new one joins."""
     os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", SECONDS: str(SLEEP_SECONDS)}
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read when Ray is imported
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # sleepers may be swapped out: Ray would kill them first
+    os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}  # sleepers may be swapped out: Ray would kill them first
     from ray.cluster_utils import Cluster
 
     from flows.colorize_archive import colorize_archive

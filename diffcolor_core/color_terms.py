@@ -32,7 +32,7 @@ FULL_CHROMA = 20.0  # C*ab from which on a colour is taken for full, and below w
 
 @dataclass(frozen=True)
 class ColoredPhrase:
-    """A noun phrase with its colour word (None: it has none) and whether another picture's prompt said otherwise."""
+    """A noun phrase with its first colour word, or None, and whether another picture's prompt said otherwise."""
 
     phrase: NounPhrase
     color: str | None
@@ -75,15 +75,21 @@ def hue_of(word: str) -> float | None:
     return math.degrees(math.atan2(b, a)) % 360 if math.hypot(a, b) > 5 else None
 
 
-def color_word(text: str) -> str | None:
-    """The first colour word of a phrase, lower case."""
-    for word in re.findall(r"[a-z]+", text.lower()):
+def color_words(description: str) -> list[str]:
+    """The colour words of what stands before a noun, lower case."""
+    words = []
+    for word in re.findall(r"[a-z]+", description.lower()):
         try:
             hue_of(word)
         except KeyError:
             continue
-        return str(word)
-    return None
+        words.append(str(word))
+    return words
+
+
+def _color_of(prompt: str, phrase: NounPhrase) -> str | None:
+    """The first colour word before the noun, which may be one itself: "an orange and a plum"."""
+    return next(iter(color_words(prompt[phrase.start : phrase.noun_start])), None)
 
 
 def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
@@ -93,21 +99,23 @@ def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
     """
     old: dict[str, list[str | None]] = {}
     for phrase in noun_phrases(before):
-        old.setdefault(phrase.noun, []).append(color_word(phrase.text))
+        old.setdefault(phrase.noun, []).append(_color_of(before, phrase))
     result = []
     for phrase in noun_phrases(prompt):
-        color, known = color_word(phrase.text), old.get(phrase.noun, [])
+        color, known = _color_of(prompt, phrase), old.get(phrase.noun, [])
         result.append(ColoredPhrase(phrase, color, changed=not known or known.pop(0) != color))
     return result
 
 
 def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str | None) -> str:
-    """The prompt with no colour word but `color` left in its noun phrases; None leaves none."""
+    """The prompt with no colour word left in its noun phrases but in those whose colour is `color`."""
     text = prompt
     for item in reversed(phrases):
         if item.color not in (None, color):
-            start, end = item.phrase.start, item.phrase.end
-            words = re.sub(rf"\b{item.color}\b\s*", "", text[start:end], flags=re.IGNORECASE)
+            start, end = item.phrase.start, item.phrase.noun_start
+            some = f"(?:{'|'.join(color_words(text[start:end]))})\\b"
+            joined = rf"(?:\s*(?:,\s*and|,|-|and)\s*(?={some}))?"  # "white and blue shirts"
+            words = re.sub(rf"\b{some}{joined}\s*", "", text[start:end], flags=re.IGNORECASE)
             text = text[:start] + words + text[end:]
     return text
 

@@ -6,6 +6,7 @@ OpenAI's ViT-B/32. Only safetensors are read.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,9 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def resolve(model: str) -> tuple[str, str | None]:
-    """(folder or hub id, revision) of "demo", a folder, "id" with a known pin, or "id@revision".
+    """(folder or hub id, revision) of "demo", a folder, "id" with a known pin, or "id@commit".
 
-    Raises ModelError for a hub id without a pinned revision.
+    Raises ModelError for a hub id without a commit.
     """
     if model == "demo":
         if not DEMO_FOLDER.is_dir():
@@ -57,10 +58,10 @@ def resolve(model: str) -> tuple[str, str | None]:
     revision = revision or PINNED.get(name, "")
     if name.count("/") != 1:
         raise ModelError(f"no model {model!r}: give 'demo', a diffusers folder, or a hub id as 'owner/name@revision'")
-    if not revision:
+    if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch or a tag moves, and what is called the same is not
         raise ModelError(
             f"hub model {name!r} needs a pinned revision, so that a result can be made again: "
-            f"'{name}@<commit hash>' (its page lists the commits)"
+            f"'{name}@<commit hash of 40 digits>' (its page lists the commits), not {revision!r}"
         )
     return name, revision
 

@@ -14,6 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LOG_EVERY_SECONDS = 30.0
 
 
+def printable(text: str) -> str:
+    """With control characters written out: a file's name may hold line breaks and a terminal's commands."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class RunProgress:
     """Counts images done, failed and quarantined; safe to call from the shard tasks' threads."""
 
@@ -59,9 +64,8 @@ class RunProgress:
             detail = f"{self.counts['failed']} failed, {self.counts['quarantined']} quarantined, {rate:.1f} images/min"
             if status != "ok":
                 row = next(row for row in rows if row["status"] == status)
-                self.logger.warning(
-                    "%s: %s (%s: %s)", row["image_key"], status, row["error_class"], row["error_message"]
-                )
+                message = f"{row['image_key']}: {status} ({row['error_class']}: {row['error_message']})"
+                self.logger.warning("%s", printable(message))
             if self._bar is not None:
                 self._bar.update(self._task, completed=done, detail=detail)
             elif now - self._last_log >= LOG_EVERY_SECONDS or done == self.num_images:

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from flows.cli.common import (
     GpusOption,
@@ -23,6 +22,7 @@ from flows.cli.common import (
     errors,
     fail,
     overrides_of,
+    print_table,
 )
 
 
@@ -92,13 +92,13 @@ def colorize(
             show("recolor", number - 1, len(targets))
             results[f"target-{number}{SUFFIX[image_format]}"] = pipe.recolor(fit, text)
             show("recolor", number, len(targets))
-    table = Table("file", "prompt", "colorfulness", "CLIP", "p99 |ΔL*|", "seconds")
+    rows = []
     for name, result in results.items():
         (out / name).write_bytes(encode(result.image, image_format, fit.provenance(result.prompt), scan.metadata))
         m = result.metrics
         figures = (f"{m['colorfulness']:.1f}", f"{m['clip_similarity']:.3f}", f"{m['p99_abs_delta_l']:.3f}")
-        table.add_row(str(out / name), result.prompt, *figures, f"{result.sampling_seconds:.1f}")
-    console.print(table)
+        rows.append((out / name, result.prompt, *figures, f"{result.sampling_seconds:.1f}"))
+    print_table(["file", "prompt", "colorfulness", "CLIP", "p99 |ΔL*|", "seconds"], rows)
     console.print(f"fitted in {fit.stage1_seconds + fit.stage2_seconds:.1f} s as: {fit.rewritten_prompt}", markup=False)
 
 

@@ -1,12 +1,15 @@
 """What the commands share: the app, the options, how errors and tables are printed."""
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from tasks.progress import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,14 +70,16 @@ def fail(error: Exception, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def print_table(names: list[str], rows: list[tuple[Any, ...]]) -> None:
-    """Rows under their column names."""
-    table = Table(*map(escape, names))
+def print_table(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Rows under their column names. What they hold is shown, never obeyed: no markup, no control characters."""
+    table = Table(*map(shown, names))
     for row in rows:
-        table.add_row(
-            *(
-                "" if value is None else escape(f"{value:.4g}" if isinstance(value, float) else str(value))
-                for value in row
-            )
-        )
+        table.add_row(*map(shown, row))
     console.print(table)
+
+
+def shown(value: Any) -> str:
+    """A value as a table's cell."""
+    if value is None:
+        return ""
+    return escape(f"{value:.4g}" if isinstance(value, float) else printable(str(value)))

@@ -3,21 +3,26 @@ import math
 import pytest
 import torch
 
-from diffcolor_core.color_terms import color_word, colored_phrases, hue_of, report, with_color_alone, without_colors
+from diffcolor_core.color_terms import color_words, colored_phrases, hue_of, report, with_color_alone, without_colors
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "words"),
     [
-        ("brown dog", "brown"),
-        ("dark Red brick house", "red"),
-        ("dog", None),
-        ("navy coat", "navy"),
-        ("grey cat", "grey"),
+        ("brown dog", ["brown"]),
+        ("dark Red brick house", ["red"]),
+        ("dog", []),
+        ("navy coat", ["navy"]),
+        ("grey and blue-green cat", ["grey", "blue", "green"]),
     ],
 )
-def test_colour_words(text, word):
-    assert color_word(text) == word
+def test_colour_words(text, words):
+    assert color_words(text) == words
+
+
+def test_a_noun_that_is_a_colours_name_is_no_colour():
+    phrases = colored_phrases("an orange and a green plum on a red table", "")
+    assert [(p.phrase.noun, p.color) for p in phrases] == [("orange", None), ("plum", "green"), ("table", "red")]
 
 
 def test_hues():
@@ -71,6 +76,8 @@ def test_an_infeasible_colour_is_told():
             "a bottle and a box on a table before a wall",
         ),
         ("a dog on a bench", "a dog on a bench"),
+        ("an orange and a green plum on a red table", "an orange and a plum on a table"),
+        ("men in white and blue shirts beside a blue-green car", "men in shirts beside a car"),
     ],
 )
 def test_no_colour_is_left(prompt, plain):

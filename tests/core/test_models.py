@@ -11,10 +11,12 @@ from diffcolor_core.models import ModelError, identify, load_checkpoint, resolve
 def test_hub_ids_come_with_a_pinned_revision():
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert resolve(name) == (name, models.PINNED[name])
-    assert resolve("someone/model@0123abc") == ("someone/model", "0123abc")
+    commit = "0123456789abcdef" * 2 + "01234567"
+    assert resolve(f"someone/model@{commit}") == ("someone/model", commit)
     assert all(len(pin) == 40 for pin in models.PINNED.values())
-    with pytest.raises(ModelError, match="needs a pinned revision"):
-        resolve("someone/model")
+    for moving in ("someone/model", "someone/model@main", "someone/model@v1.0", f"someone/model@{commit[:8]}"):
+        with pytest.raises(ModelError, match="needs a pinned revision"):
+            resolve(moving)
     with pytest.raises(ModelError, match="no model 'nonsense'"):
         resolve("nonsense")
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from diffcolor_core import DiffColor
 from flows.cli import app
+from tasks.progress import printable
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def test_one_picture(run, small_archive, tiny_folder, tmp_path):
             "--target",
             "a red ball on a table",
         ),
-        *("--target", "a blue ball on a table", "--model", tiny_folder, "--out", out),
+        *("--target", "a [blue] ball [/b] on a table", "--model", tiny_folder, "--out", out),
     )
     assert {p.name for p in out.iterdir()} == {"primary.png", "target-1.png", "target-2.png"}
-    assert "a blue ball on a table" in text
+    assert "a [blue] ball [/b] on a table" in text, "a prompt is no markup"
 
 
 def test_one_picture_as_tiff_with_its_fit_kept(run, small_archive, tiny_folder, tmp_path):
@@ -129,6 +130,10 @@ def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_f
     record = json.loads((output / "runs" / "000002.json").read_text())
     assert record["overrides"] == {"stage2.adapter_rank": 2, "stage1.enabled": False}
     assert record["settings"]["stage2"]["adapter_rank"] == 2
+
+
+def test_what_is_printed_commands_no_terminal():
+    assert printable("scan\n1\x1b[31m é 日.png") == r"scan\n1\x1b[31m é 日.png"
 
 
 def test_nothing_there(run, tmp_path):
