@@ -69,6 +69,7 @@ FIGURES = (
     "colorfulness",
     "colorfulness_distance",
     "clip_similarity",
+    "clip_margin",
     "anti_color_look",
     "p99_abs_delta_l",
     "mean_abs_delta_l_before_lock",

@@ -32,7 +32,7 @@ class Result:
     metrics: colorfulness, clip_similarity (guidance CLIP, with the prompt asked for),
     mean_abs_delta_l, p99_abs_delta_l. alpha_scores: of each alpha that was tried. nouns: what became
     of each noun's colour word. generated: the picture at working size before alignment and luminance
-    lock, working: after them, both [3, h, w] in [-1, 1].
+    lock, working: after them, both [3, h, w] in [-1, 1]; of a primary that was not made here there is no former.
     """
 
     image: Picture
@@ -43,7 +43,7 @@ class Result:
     metrics: dict[str, float]
     sampling_seconds: float
     working: Tensor
-    generated: Tensor
+    generated: Tensor | None
     alpha_scores: dict[float, float] = field(default_factory=dict)
     nouns: tuple[ColorReport, ...] = ()
 
@@ -116,6 +116,7 @@ class DiffColor:
         small_lightness, content_px = self._at_working_size(scan)
         x_gray = gray_input(small_lightness)
         losses: dict[str, list[float]] = {}
+        generated = None
         if primary is not None:
             x_primary = _working_primary(scan, primary, small_lightness, content_px)
         elif not settings.stage1.enabled:
@@ -132,7 +133,8 @@ class DiffColor:
                 generator=generator,
                 progress=progress,
             )
-            x_primary = self._align(x_gray, small_lightness, prior.x_pri, generator)  # x^_pri
+            generated = prior.x_pri
+            x_primary = self._align(x_gray, small_lightness, generated, generator)  # x^_pri
             losses |= prior.losses
 
         # Stage 2: 1. c -> c'; 2. e_opt; 3. theta
@@ -179,6 +181,7 @@ class DiffColor:
             losses={**losses, "embedding": embedding_losses, "model": model_losses},
             stage1_seconds=middle - start,
             stage2_seconds=end - middle,
+            generated=generated,
         )
         self._last_fitted = FittedModel(fit, unet.requires_grad_(False))
         return fit
@@ -223,7 +226,7 @@ class DiffColor:
         self._check_model(fit)
         start = time.perf_counter()
         if target_prompt is None:
-            return self._result(fit, fit.primary_picture, None, start, fit.primary, fit.primary)
+            return self._result(fit, fit.primary_picture, None, start, fit.primary, fit.generated)
         prompts = [target_prompt] if isinstance(target_prompt, str) else target_prompt
         before, before_prompt = (fit.primary, fit.context_prompt) if base is None else (base.working, base.prompt)
         if self._last_fitted is None or self._last_fitted.fit is not fit:
@@ -283,7 +286,7 @@ class DiffColor:
         target_prompt: str | None,
         start: float,
         working: Tensor,
-        generated: Tensor,
+        generated: Tensor | None,
         choice: Choice | None = None,
         nouns: tuple[ColorReport, ...] = (),
     ) -> Result:

@@ -54,6 +54,8 @@ class Fit:
     losses: dict[str, list[float]]
     stage1_seconds: float
     stage2_seconds: float
+    generated: Tensor | None = None
+    """x_pri, the primary before alignment and luminance lock, of a fit that was made here; it is not saved."""
 
     def assemble(self, x: Tensor) -> Picture:
         """A picture at working size [3, h, w] in [-1, 1] as one at the scan's size, with the scan's L*.

@@ -76,10 +76,10 @@ def _score_one(
     own = lab_of(case.gray)
     delta = (lab[0] - own[0]).abs()
     truth = colorfulness(case.truth)
-    figures = region_scores(case, lab) | {
+    figures = region_scores(case, lab) | _before_lock(result, fit.lightness)
+    figures |= {
         "mean_abs_delta_l": float(delta.mean()),
         "p99_abs_delta_l": float(delta.quantile(0.99)),
-        "mean_abs_delta_l_before_lock": _delta_before_lock(result, fit.lightness),
         "colorfulness": result.metrics["colorfulness"],
         "colorfulness_distance": abs(result.metrics["colorfulness"] - truth) / truth,
         "fit_seconds": fit.stage1_seconds + fit.stage2_seconds,
@@ -122,8 +122,15 @@ def _saved(picture: Picture, stem: Path) -> Picture:
     return read_picture(path)
 
 
-def _delta_before_lock(result: Result, small_lightness: Tensor) -> float:
-    return float((lightness((result.generated + 1) / 2) - small_lightness).abs().mean())
+def _before_lock(result: Result, small_lightness: Tensor) -> dict[str, float]:
+    """mean_ and p99_abs_delta_l_before_lock: of what the model made, at working size."""
+    if result.generated is None:  # the picture came coloured
+        return {}
+    delta = (lightness((result.generated + 1) / 2) - small_lightness).abs()
+    return {
+        "mean_abs_delta_l_before_lock": float(delta.mean()),
+        "p99_abs_delta_l_before_lock": float(delta.quantile(0.99)),
+    }
 
 
 def _peak_memory_bytes(device: torch.device) -> float:

@@ -111,10 +111,13 @@ def test_a_study_runs_and_scores_saved_files(tiny_folder, tmp_path, task):
     for method in summary:
         assert len(list((tmp_path / task).rglob(f"{method}.png"))) == 2
         assert summary[method]["p99_abs_delta_l"]["mean"] <= 0.5
+        assert summary[method]["mean_abs_delta_l_before_lock"]["mean"] > 1e-3
         assert len(figures[method]["clip_similarity"]) == 2
     assert ("edit_success" in summary["full"]) == (task == "edit")
     assert ("leakage" in summary["full"]) == (task != "automatic")
-    assert ("clip_similarity_of_truth" in summary["full"]) == (task == "automatic")
+    assert ("clip_margin_of_truth" in summary["full"]) == (task == "automatic")
+    margins, looks = figures["full"]["clip_margin"], figures["full"]["anti_color_look"]
+    assert [float(margin < 0) for margin in margins] == looks
 
 
 def test_photographs_are_compared_with_what_they_were(tiny_folder, tmp_path):
