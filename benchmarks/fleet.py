@@ -80,7 +80,6 @@ def measure(num_nodes: int, num_images: int, num_losses: int) -> dict[str, Any]:
     fleet = Fleet(Cluster(initialize_head=True, head_node_args={"num_cpus": 1}))
     with (
         patch.object(actors, "ImageWorker", SleepingWorker),
-        patch.object(actors, "MAX_ATTEMPTS", 1),  # an image blamed for the loss of its node would be quarantined
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(1) as thread,  # Ray adds nodes from the main thread only
     ):
@@ -93,6 +92,7 @@ def measure(num_nodes: int, num_images: int, num_losses: int) -> dict[str, Any]:
             num_actors=GPUS_PER_NODE * num_nodes,
             gpus_per_actor=1,
             shard_size=8,
+            max_attempts=1,  # an image blamed for the loss of its node is quarantined
         )
         for _ in range(num_nodes):
             fleet.join()

@@ -1,11 +1,28 @@
-"""DiffColor (arXiv 2308.01655): object-level colorization of photographs by text."""
+"""DiffColor (arXiv 2308.01655): object-level colorization of photographs by text.
+
+Torch and the libraries around it are loaded with the first name that needs them, not with the package: planning,
+queries and `--help` need none.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from diffcolor_core._version import __version__
-from diffcolor_core.color_terms import ColorReport
-from diffcolor_core.colorizer import DiffColor, Result
-from diffcolor_core.config import PRESETS, Settings, preset
-from diffcolor_core.fits import Fit, FitError
-from diffcolor_core.images import Picture, Scan, UnreadableImageError, read_picture, read_scan
+
+if TYPE_CHECKING:
+    from diffcolor_core.color_terms import ColorReport
+    from diffcolor_core.colorizer import DiffColor, Result
+    from diffcolor_core.config import PRESETS, Settings, preset
+    from diffcolor_core.fits import Fit, FitError
+    from diffcolor_core.images import Picture, Scan, UnreadableImageError, read_picture, read_scan
+
+_MODULES = {
+    "color_terms": ("ColorReport",),
+    "colorizer": ("DiffColor", "Result"),
+    "config": ("PRESETS", "Settings", "preset"),
+    "fits": ("Fit", "FitError"),
+    "images": ("Picture", "Scan", "UnreadableImageError", "read_picture", "read_scan"),
+}
 
 __all__ = [
     "PRESETS",
@@ -23,3 +40,10 @@ __all__ = [
     "read_picture",
     "read_scan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,3 +1,5 @@
-"""The software's version, for manifests and metadata."""
+"""Versions, for manifests and metadata."""
 
 __version__ = "0.1.0"
+METHOD_VERSION = 5
+"""Raised whenever the same inputs would give other pixels: results of different versions are different work."""

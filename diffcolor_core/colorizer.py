@@ -51,10 +51,6 @@ class Result:
 def _silent(stage: str, done: int, total: int) -> None: ...
 
 
-METHOD_VERSION = 4
-"""Raised whenever the same inputs would give other pixels: results of different versions are different work."""
-
-
 class DiffColor:
     """The two-stage method on one checkpoint. The checkpoint's own weights are never changed.
 

@@ -45,6 +45,7 @@ def colorize_shard(
     progress: RunProgress,
     commit_every: int,
     image_timeout_seconds: float,
+    max_attempts: int,
 ) -> Counter[str] | State[Any]:
     """Colour a shard's images, one after the other, and commit their rows in parts; the variants by status."""
     output = Store(config.output)
@@ -63,7 +64,7 @@ def colorize_shard(
         with pool.in_use():
             try:
                 for number, planned in enumerate(shard.images, 1):
-                    rows = colorize_on(pool, config, planned, image_timeout_seconds)
+                    rows = colorize_on(pool, config, planned, image_timeout_seconds, max_attempts)
                     pending += rows
                     counts.update(row["status"] for row in rows)
                     progress.image_done(rows)
@@ -125,6 +126,7 @@ def colorize_archive(
     retry: Literal["failed", "quarantined"] = "failed",
     commit_every: AtLeastOne = 8,
     image_timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0,
+    max_attempts: AtLeastOne = 3,
     overrides: dict[str, Any] | None = None,
     whole_archive: bool = True,
 ) -> dict[str, int]:
@@ -152,6 +154,7 @@ def colorize_archive(
         retry: What is tried again besides what is not done: "failed", or "quarantined" as well.
         commit_every: Images per manifest part: what a crash may lose of a shard's work.
         image_timeout_seconds: Kill an image's actor after so long: a decoder or a driver may hang.
+        max_attempts: How often an image may kill its actor before it is quarantined.
         overrides: Settings that differ from the preset's, by path: {"stage2.adapter_rank": 4}.
         whole_archive: Off, only the images that the catalog names.
     """
@@ -202,7 +205,7 @@ def colorize_archive(
                     ) as pool,
                     RunProgress(plan.num_images, logger) as progress,
                 ):
-                    how = (config, lease, pool, progress, commit_every, image_timeout_seconds)
+                    how = (config, lease, pool, progress, commit_every, image_timeout_seconds, max_attempts)
                     waiting = plan.shards(shard_size)
 
                     def submit_next() -> ShardFuture | None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import secrets
 import signal
 import sys
@@ -19,8 +20,6 @@ from tasks.local_ray import local_ray
 from tasks.planning import PlannedImage, RunConfig
 
 logger = logging.getLogger(__name__)
-MAX_ATTEMPTS = 3
-"""How often an image may kill its actor before it is quarantined."""
 MAX_NODE_LOSSES = 20
 """How often an image is tried again because a whole machine was lost under it."""
 NODE_LOSS_SECONDS = 30.0
@@ -36,11 +35,14 @@ class RunStoppedError(RuntimeError):
 
 
 class ActorGoneError(RuntimeError):
-    """An actor died, or was killed, under an image. node_lost: with its machine, which is nobody's fault."""
+    """An actor died, or was killed, under an image.
 
-    def __init__(self, reason: str, node_lost: bool = False) -> None:
+    node_lost: with its machine, which is nobody's fault. out_of_memory: Ray killed it, as memory ran out.
+    """
+
+    def __init__(self, reason: str, node_lost: bool = False, out_of_memory: bool = False) -> None:
         super().__init__(reason)
-        self.node_lost = node_lost
+        self.node_lost, self.out_of_memory = node_lost, out_of_memory
 
 
 class PooledActor:
@@ -51,16 +53,20 @@ class PooledActor:
         self.node_id = ""
         self.given_up = False
 
-    def colorize(self, planned: PlannedImage, timeout_seconds: float) -> list[Row]:
+    def colorize(self, planned: PlannedImage, timeout_seconds: float, smaller_because: str | None) -> list[Row]:
         """Its rows of the image. Raises ActorGoneError; Ray's RayTaskError with what the actor raised."""
         import ray
 
-        reference = self.handle.colorize.remote(planned)
+        reference = self.handle.colorize.remote(planned, smaller_because)
         try:
             if ray.wait([reference], timeout=timeout_seconds)[0]:
                 return list(ray.get(reference))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            raise ActorGoneError(str(error).strip().partition("\n")[0], self._lost_its_node()) from None
+            reason, out_of_memory = (
+                str(error).strip().partition("\n")[0],
+                type(error) is ray.exceptions.OutOfMemoryError,
+            )
+            raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
         ray.kill(self.handle, no_restart=False)
         raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)")
 
@@ -135,6 +141,11 @@ class ActorPool:
             self._free.append(actor)
             self._changed.notify_all()
 
+    def pause(self, tries: int) -> None:
+        """Before the next try: a random time that grows with their number, and ends when the pool is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, timeout=random.uniform(0, min(60, 2**tries)))
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """For the time of a shard, its commits included: `close` waits for it."""
@@ -207,12 +218,15 @@ def ray_actors(
         yield pool
 
 
-def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float) -> list[Row]:
+def colorize_on(
+    pool: ActorPool, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float, max_attempts: int
+) -> list[Row]:
     """Colour one image on an actor of the pool. Every outcome is rows, but for what `borrow` raises.
 
-    An image whose actor dies is tried again, up to `MAX_ATTEMPTS`; then it is quarantined with what
-    happened each time. An image that takes longer than `image_timeout_seconds` has its actor killed,
-    which counts as such a death; that of an actor whose node is lost does not.
+    An image whose actor dies is tried again, up to `max_attempts` times in all, at a smaller size if memory had run
+    out; then it is quarantined with what happened each time. An image that takes longer than
+    `image_timeout_seconds` has its actor killed, which counts as such a death; that of an actor whose node is
+    lost does not.
     """
     import ray
 
@@ -220,16 +234,21 @@ def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage, image
         return error_rows(config, planned, "quarantined", planned.work.problem)
     deaths: list[str] = []
     losses = 0
-    while len(deaths) < MAX_ATTEMPTS:
+    smaller_because: str | None = None
+    while len(deaths) < max_attempts:
+        if deaths or losses:
+            pool.pause(len(deaths) + losses)
         try:
             with pool.borrow() as actor:
-                return actor.colorize(planned, image_timeout_seconds)
+                return actor.colorize(planned, image_timeout_seconds, smaller_because)
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
         except ActorGoneError as gone:
             losses += gone.node_lost
             if not gone.node_lost or losses > MAX_NODE_LOSSES:
                 deaths.append(str(gone))
+            if gone.out_of_memory:
+                smaller_because = str(gone)
     history = "; ".join(f"{number}. {death}" for number, death in enumerate(deaths, 1))
     reason = f"its worker died {len(deaths)} times on this image: {history}"
     return error_rows(config, planned, "quarantined", DeadlyImageError(reason))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from diffcolor_core.colorizer import METHOD_VERSION
+from diffcolor_core._version import METHOD_VERSION
 from diffcolor_core.config import Settings
 from tasks.archive import (
     CatalogError,

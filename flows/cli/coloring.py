@@ -140,6 +140,9 @@ def run(
     image_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which an image's actor is killed: a decoder may hang.")
     ] = 3600.0,
+    max_attempts: Annotated[
+        int, typer.Option(min=1, help="How often an image may kill its actor before it is quarantined.")
+    ] = 3,
 ) -> None:
     """Colorize an archive: the Prefect flow `colorize-archive` in this process, on local Ray by default.
 
@@ -188,6 +191,7 @@ def run(
         retry=retry,
         commit_every=commit_every,
         image_timeout_seconds=image_timeout,
+        max_attempts=max_attempts,
     )
 
 

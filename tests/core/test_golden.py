@@ -1,7 +1,7 @@
 """One golden test per stage, on the tiny checkpoint with random weights.
 
 `python tests/core/test_golden.py` writes the values anew; do so only for a change that is meant to
-change results, together with `colorizer.METHOD_VERSION`.
+change results, together with `_version.METHOD_VERSION`.
 """
 
 import json

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 
-from tasks.actors import MAX_ATTEMPTS
 from tasks.manifest import query
 from tasks.storage import Store
 from tests.faults.harness import Bench, Reckoning, Run, committed, wait_until
@@ -222,7 +221,8 @@ def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckon
         for name in (HANG, SEGFAULT, BALLOON):
             shutil.copy(archive / "0.png", archive / name)
             catalog.write(f"{name},a ball on a table,\n")
-    with bench.run(output, "--image-timeout", "40", archive=archive, environment={"DIFFCOLOR_POISON": "1"}) as run:
+    options = ("--image-timeout", "40", "--max-attempts", "2")
+    with bench.run(output, *options, archive=archive, environment={"DIFFCOLOR_POISON": "1"}) as run:
         assert run.wait(900) == 3
     rows = query(Store(output), "select image_key, status, error_class from results where status <> 'ok'").fetchall()
     assert sorted(rows) == [
@@ -231,7 +231,7 @@ def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckon
         (HANG, "quarantined", "DeadlyImageError"),
         (SEGFAULT, "quarantined", "DeadlyImageError"),
     ]
-    return bench.reckon(output, 2 * MAX_ATTEMPTS + 1, archive)
+    return bench.reckon(output, 2 * 2 + 1, archive)
 
 
 @fault("clock jumps", LOCAL)

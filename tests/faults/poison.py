@@ -15,7 +15,7 @@ HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"
 class PoisonedWorker(ImageWorker):
     """Does to three images by name what a broken decoder would do."""
 
-    def colorize(self, planned: PlannedImage) -> list[Row]:
+    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         name = planned.work.image_key
         if name == HANG:
             threading.Event().wait()
@@ -28,4 +28,4 @@ class PoisonedWorker(ImageWorker):
                 bytearray(2**34)
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, before)
-        return super().colorize(planned)
+        return super().colorize(planned, smaller_because)

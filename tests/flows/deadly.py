@@ -11,12 +11,12 @@ from tasks.planning import PlannedImage, RunConfig
 
 
 class DeadlyWorker(ImageWorker):
-    def colorize(self, planned: PlannedImage) -> list[Row]:
+    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         if planned.work.image_key == "scan 1.png":
             os._exit(7)
         if planned.work.image_key == "scan 2.png":
             raise RuntimeError("the store is away")
-        return super().colorize(planned)
+        return super().colorize(planned, smaller_because)
 
 
 class BrokenWorker(ImageWorker):
@@ -37,18 +37,18 @@ class HalfBrokenWorker(ImageWorker):
 
 
 class HangingWorker(ImageWorker):
-    def colorize(self, planned: PlannedImage) -> list[Row]:
+    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         if planned.work.image_key == "broken.jpg":
             threading.Event().wait()
-        return super().colorize(planned)
+        return super().colorize(planned, smaller_because)
 
 
 class SmallEyedWorker(ImageWorker):
     """Reads files of 10 bytes at most."""
 
-    def colorize(self, planned: PlannedImage) -> list[Row]:
+    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         colorize.MAX_FILE_BYTES = 10
-        return super().colorize(planned)
+        return super().colorize(planned, smaller_because)
 
 
 class HungryWorker(ImageWorker):

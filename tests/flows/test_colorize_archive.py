@@ -206,8 +206,7 @@ def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder,
     output = tmp_path / "out"
     arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
     monkeypatch.setattr(actors, "ImageWorker", HangingWorker)
-    monkeypatch.setattr(actors, "MAX_ATTEMPTS", 1)
-    summary = colorize_archive(**arguments, image_timeout_seconds=30, limit=2)
+    summary = colorize_archive(**arguments, image_timeout_seconds=30, max_attempts=1, limit=2)
     assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
     ((message,),) = ask(output, "select error_message from results where error_class = 'DeadlyImageError'")
     assert "1. no result within 30 s" in message
