@@ -11,6 +11,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,7 +261,7 @@ def _resolution(exif: Image.Exif, dpi: tuple[float, float] | None) -> dict[int, 
     x, y, unit = exif.get(282), exif.get(283), exif.get(296, 2)
     if x is None and dpi is not None and tuple(dpi) != (72, 72):  # 72: Pillow's word for "nothing said"
         (x, y), unit = dpi, 2
-    if x is None or y is None or unit not in (1, 2, 3) or not (0 < x < 1e6 and 0 < y < 1e6):
+    if not (isinstance(x, Real) and isinstance(y, Real) and 0 < x < 1e6 and 0 < y < 1e6) or unit not in (1, 2, 3):
         return {}
     if exif.get(274) in (5, 6, 7, 8):
         x, y = y, x
