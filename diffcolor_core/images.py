@@ -11,7 +11,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,11 +260,15 @@ def _resolution(exif: Image.Exif, dpi: tuple[float, float] | None) -> dict[int, 
     x, y, unit = exif.get(282), exif.get(283), exif.get(296, 2)
     if x is None and dpi is not None and tuple(dpi) != (72, 72):  # 72: Pillow's word for "nothing said"
         (x, y), unit = dpi, 2
-    if not (isinstance(x, Real) and isinstance(y, Real) and 0 < x < 1e6 and 0 < y < 1e6) or unit not in (1, 2, 3):
+    try:
+        x, y = float(x), float(y)  # type: ignore[arg-type]
+    except (TypeError, ValueError, ArithmeticError):  # not there, or no numbers
+        return {}
+    if unit not in (1, 2, 3) or not (min(x, y) > 0.1 and max(x, y) < 25_000):  # JPEG's header ends at 65,535 dpi
         return {}
     if exif.get(274) in (5, 6, 7, 8):
         x, y = y, x
-    return {282: float(x), 283: float(y), 296: unit}
+    return {282: x, 283: y, 296: unit}
 
 
 # ------------------------------------------------------------------ samples of more than 8 bits

@@ -177,3 +177,14 @@ def test_the_resolution_of_a_jpegs_own_header_is_kept():
     data = encode(EIGHT, "tiff", PROVENANCE, read_scan(source.getvalue()).metadata)
     with Image.open(io.BytesIO(data)) as image:
         assert image.info["dpi"] == (600, 600)
+
+
+@pytest.mark.parametrize("resolution", [0.0, 1e9, 1e-9])
+@pytest.mark.parametrize("image_format", SUFFIX)
+def test_an_absurd_resolution_is_none(image_format, resolution):
+    exif = Image.Exif()
+    exif[270], exif[282], exif[283] = "", resolution, resolution
+    source = io.BytesIO()
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(source, "JPEG", exif=exif)
+    data = encode(EIGHT, image_format, PROVENANCE, read_scan(source.getvalue()).metadata)
+    assert read_picture(data).pixels.shape == EIGHT.pixels.shape

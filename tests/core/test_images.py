@@ -354,10 +354,21 @@ def test_what_is_no_picture_says_why(data, reason):
         read_scan(data)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=300), st.integers(0, 400))
-def test_damage_anywhere_is_an_unreadable_image_or_a_picture(noise, place):
-    whole = encoded(Image.fromarray(RAMP8), "TIFF")
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(
+        [
+            encoded(Image.fromarray(RAMP8), "TIFF"),
+            tiff(TONED16, photometric="rgb", iccprofile=LINEAR_RGB, compression="zlib"),
+            twelve_bit_tiff(RAMP16 >> 4, 0),
+            with_profile(RAMP16, LINEAR_GRAY),
+            imagecodecs.jpeg2k_encode(TONED16, level=0),
+        ]
+    ),
+    st.binary(max_size=300),
+    st.integers(0, 900),
+)
+def test_damage_anywhere_is_an_unreadable_image_or_a_picture(whole, noise, place):
     data = whole[:place] + noise + whole[place + len(noise) :]
     with contextlib.suppress(UnreadableImageError):
         assert read_scan(data).lightness.isfinite().all()
