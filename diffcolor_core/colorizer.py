@@ -316,10 +316,14 @@ class DiffColor:
         )
 
     def _clip_size(self, scan: Scan) -> tuple[int, int]:
-        """(width, height) with CLIP's image size as the shorter side."""
+        """(width, height) with CLIP's image size as the shorter side, and at most 64 times that as the longer.
+
+        CLIP sees 8 squares of a long picture: what is squeezed here is a line of pixels, not a scene.
+        """
         side = int(self.checkpoint.clip.config.vision_config.image_size)
         scale = side / min(scan.height_px, scan.width_px)
-        return max(side, round(scan.width_px * scale)), max(side, round(scan.height_px * scale))
+        width, height = (min(max(side, round(px * scale)), 64 * side) for px in (scan.width_px, scan.height_px))
+        return width, height
 
 
 def _working_primary(scan: Scan, primary: Picture, small_lightness: Tensor, content_px: tuple[int, int]) -> Tensor:

@@ -37,6 +37,8 @@ _NAMESPACES = {
 for _prefix, _uri in _NAMESPACES.items():
     ElementTree.register_namespace(_prefix, _uri)
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_MAX_SIDE_PX = {"jpeg": 65_500, "webp": 16_383}
+_MAX_JPEG_EXIF_BYTES, _MAX_JPEG_XMP_BYTES = 65_533, 65_504  # what one segment holds beside its length and XMP's name
 _TIFF_TAGS = (270, 271, 272, 306, 315, 33432)  # description, make, model, date, artist, copyright
 
 
@@ -59,8 +61,9 @@ def encode(
 ) -> bytes:
     """The file's bytes: PNG and TIFF of the picture's own bit depth without loss, JPEG and WebP as 8-bit access copies.
 
-    source: the scan's EXIF and XMP, kept. JPEG lays transparent pictures on white. The same arguments
-    give the same bytes.
+    source: the scan's EXIF and XMP, kept where the format holds them: a JPEG has 64 kB for each. JPEG lays
+    transparent pictures on white; access copies longer than their format allows are scaled down. The
+    same arguments give the same bytes.
     """
     source = source or SourceMetadata()
     xmp = xmp_packet(provenance, source.xmp) if provenance is not None else source.xmp
@@ -69,12 +72,19 @@ def encode(
     if image_format == "tiff":
         return _tiff(picture.pixels, source.exif, xmp)
     image = picture.to_pil()
+    image.thumbnail((_MAX_SIDE_PX[image_format],) * 2)  # only ever smaller
     if image_format == "jpeg" and image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image).convert("RGB")
-    quality = {"quality": 92, "subsampling": 0} if image_format == "jpeg" else {"quality": 90, "method": 4}
+    exif = source.exif or b""
+    options: dict[str, object] = {"quality": 90, "method": 4}
+    if image_format == "jpeg":
+        options = {"quality": 92, "subsampling": 0, "dpi": _dpi(exif) or (0, 0)}
+        exif = exif if len(exif) <= _MAX_JPEG_EXIF_BYTES else b""
+        if xmp is not None and len(xmp) > _MAX_JPEG_XMP_BYTES:
+            xmp = xmp_packet(provenance) if provenance is not None else None
     buffer = io.BytesIO()
-    image.save(buffer, image_format, icc_profile=srgb_profile(), exif=source.exif or b"", xmp=xmp or b"", **quality)
+    image.save(buffer, image_format, icc_profile=srgb_profile(), exif=exif, xmp=xmp or b"", **options)
     return buffer.getvalue()
 
 
@@ -92,7 +102,7 @@ def xmp_packet(provenance: Provenance, source_xmp: bytes | None = None) -> bytes
     """XMP that says what made a picture, beside what the source's own XMP says.
 
     Prompts are data: everything is escaped, characters that XML cannot hold are dropped. A source
-    packet that is damaged or declares entities is passed over.
+    packet that is damaged, nested without end or declares entities is passed over.
     """
     root, rdf = _parsed(source_xmp) or _empty_packet()
     ext = "{" + _NAMESPACES["Iptc4xmpExt"] + "}"
@@ -119,7 +129,10 @@ def xmp_packet(provenance: Provenance, source_xmp: bytes | None = None) -> bytes
     ours = ElementTree.SubElement(rdf, "{" + _NAMESPACES["rdf"] + "}Description", about)
     for name, value in values.items():
         ElementTree.SubElement(ours, name).text = _NOT_XML.sub("", value)
-    body = ElementTree.tostring(root, encoding="utf-8")
+    try:
+        body = ElementTree.tostring(root, encoding="utf-8")
+    except RecursionError:  # thousands of elements within each other
+        return xmp_packet(provenance)
     return b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>' + body + b'<?xpacket end="r"?>'
 
 
@@ -142,11 +155,26 @@ def _parsed(packet: bytes | None) -> tuple[ElementTree.Element, ElementTree.Elem
 # ------------------------------------------------------------------ containers
 
 
+def _tags(exif: bytes | None) -> Image.Exif:
+    tags = Image.Exif()
+    tags.load(exif or b"")
+    return tags
+
+
+def _dpi(exif: bytes | None) -> tuple[float, float] | None:
+    tags = _tags(exif)
+    scale = {2: 1.0, 3: 2.54}.get(tags.get(296, 0))  # ResolutionUnit: inch, centimetre
+    return None if scale is None else (float(tags[282]) * scale, float(tags[283]) * scale)
+
+
 def _png(picture: Picture, exif: bytes | None, xmp: bytes | None) -> bytes:
     """The picture's PNG with profile, EXIF and XMP as chunks before its data."""
     plain = picture.encode_png()
     after_header = 8 + 25  # signature, IHDR
     chunks = [_png_chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile(), 9))]
+    dpi = _dpi(exif)
+    if dpi is not None:
+        chunks.append(_png_chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in dpi), 1)))
     if exif:
         chunks.append(_png_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
     if xmp:
@@ -160,11 +188,11 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 def _tiff(pixels: np.ndarray, exif: bytes | None, xmp: bytes | None) -> bytes:
     """Deflated TIFF of 8 or 16 bits. Of EXIF, the tags that are TIFF's own are kept."""
-    extra: list[tuple[int, int, int, object, bool]] = []
-    if exif:
-        tags = Image.Exif()
-        tags.load(exif)
-        extra += [(tag, 2, 0, str(tags[tag]), True) for tag in _TIFF_TAGS if tag in tags]
+    tags = _tags(exif)
+    # Latin-1 is how Pillow reads any text, so it gives back the bytes that were there
+    extra: list[tuple[int, int, int, object, bool]] = [
+        (tag, 2, 0, str(tags[tag]).encode("latin-1"), True) for tag in _TIFF_TAGS if tag in tags
+    ]
     if xmp:
         extra.append((700, 1, len(xmp), xmp, True))
     buffer = io.BytesIO()
@@ -174,6 +202,8 @@ def _tiff(pixels: np.ndarray, exif: bytes | None, xmp: bytes | None) -> bytes:
         photometric="rgb",
         compression="zlib",
         extrasamples=["unassalpha"] if pixels.shape[-1] == 4 else None,
+        resolution=(float(tags[282]), float(tags[283])) if 282 in tags else None,
+        resolutionunit=tags.get(296),
         iccprofile=srgb_profile(),
         extratags=extra,
         metadata=None,

@@ -112,3 +112,79 @@ def test_jpeg_lays_transparency_on_white():
     pixels = np.zeros((8, 8, 4), np.uint8)
     picture = read_picture(encode(Picture(pixels), "jpeg", PROVENANCE, SourceMetadata()))
     assert picture.pixels.min() > 250
+
+
+def nested_xmp(depth: int) -> bytes:
+    body = "<rdf:li>" * depth + "</rdf:li>" * depth
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        f"<rdf:Description>{body}</rdf:Description></rdf:RDF></x:xmpmeta>"
+    ).encode()
+
+
+def test_xmp_nested_without_end_is_passed_over():
+    assert xmp_packet(PROVENANCE, nested_xmp(3000)) == xmp_packet(PROVENANCE)
+    assert b"rdf:li" in xmp_packet(PROVENANCE, nested_xmp(30))
+
+
+@pytest.mark.parametrize("image_format", SUFFIX)
+@pytest.mark.parametrize("provenance", [PROVENANCE, None], ids=["marked", "unmarked"])
+def test_metadata_too_large_for_a_container_costs_no_picture(image_format, provenance):
+    exif = Image.Exif()
+    exif[270] = "a" * 70_000
+    large = SourceMetadata(exif.tobytes(), xmp_packet(PROVENANCE)[:-20] + b" " * 70_000 + b'<?xpacket end="r"?>')
+    data = encode(EIGHT, image_format, provenance, large)
+    assert read_picture(data).pixels.shape == EIGHT.pixels.shape
+    if provenance is not None:
+        assert DIGITAL_SOURCE_TYPE.encode() in data
+    if image_format != "jpeg":
+        assert b"a" * 70_000 in data
+
+
+@pytest.mark.parametrize(("image_format", "limit"), [("jpeg", 65_500), ("webp", 16_383)])
+def test_an_access_copy_fits_its_format(image_format, limit):
+    long = Picture(np.full((2, 66_000, 3), 90, np.uint8))
+    assert read_picture(encode(long, image_format)).pixels.shape[1] == limit
+
+
+@pytest.mark.parametrize("image_format", ["png", "tiff"])
+def test_a_primary_is_never_scaled(image_format):
+    long = Picture(np.full((2, 66_000, 3), 90, np.uint8))
+    assert read_picture(encode(long, image_format)).pixels.shape == (2, 66_000, 3)
+
+
+@pytest.mark.parametrize("image_format", SUFFIX)
+def test_resolution_and_text_beyond_ascii_are_kept(image_format):
+    exif = Image.Exif()
+    exif[270], exif[282], exif[283], exif[296], exif[274] = "Zürich 東京".encode(), 400.0, 300.0, 3, 6
+    exif.get_ifd(0x8769)[42036] = "Zeiß".encode()  # lens model
+    source = io.BytesIO()
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(source, "JPEG", exif=exif)
+    data = encode(EIGHT, image_format, PROVENANCE, read_scan(source.getvalue()).metadata)
+    with Image.open(io.BytesIO(data)) as image:
+        found = image.getexif()
+        assert found[270].encode("latin-1").decode() == "Zürich 東京"
+        assert (found[282], found[283], found[296]) == (300, 400, 3)  # turned upright
+        if image_format != "tiff":  # keeps TIFF's own tags only
+            assert found.get_ifd(0x8769)[42036] == "Zeiß".encode()
+        if image_format != "webp":
+            assert image.info["dpi"] == pytest.approx((300 * 2.54, 400 * 2.54), abs=0.5)
+
+
+def test_the_resolution_of_a_jpegs_own_header_is_kept():
+    source = io.BytesIO()
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(source, "JPEG", dpi=(600, 600))
+    data = encode(EIGHT, "tiff", PROVENANCE, read_scan(source.getvalue()).metadata)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.info["dpi"] == (600, 600)
+
+
+@pytest.mark.parametrize("resolution", [0.0, 1e9, 1e-9])
+@pytest.mark.parametrize("image_format", SUFFIX)
+def test_an_absurd_resolution_is_none(image_format, resolution):
+    exif = Image.Exif()
+    exif[270], exif[282], exif[283] = "", resolution, resolution
+    source = io.BytesIO()
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(source, "JPEG", exif=exif)
+    data = encode(EIGHT, image_format, PROVENANCE, read_scan(source.getvalue()).metadata)
+    assert read_picture(data).pixels.shape == EIGHT.pixels.shape

@@ -1,6 +1,10 @@
 import contextlib
 import csv
 import io
+import struct
+import time
+import zlib
+from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -11,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
 
-from diffcolor_core import images, metrics
+from diffcolor_core import DiffColor, images, metrics
 from diffcolor_core.color import lightness
 from diffcolor_core.images import Picture, Scan, UnreadableImageError, assemble, read_scan
 
@@ -136,6 +140,203 @@ def test_a_colour_profile_is_converted_through():
 
 
 TONED8 = (TONED16 >> 8).astype(np.uint8)
+LINEAR_GRAY = imagecodecs.cms_profile("gray", gamma=1.0)
+LINEAR_RGB = imagecodecs.cms_profile(
+    "rgb", gamma=1.0, whitepoint=(0.3127, 0.329), primaries=(0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+)
+
+
+def l_star_of_linear(samples: np.ndarray, maximum: int) -> torch.Tensor:
+    """CIE L* of linear sRGB, by its own formula."""
+    rgb = samples[..., None].repeat(3, -1) if samples.ndim == 2 else samples
+    y = (rgb.astype(np.float64) / maximum) @ (0.2126, 0.7152, 0.0722)
+    l_star = np.where(y > 216 / 24389, 116 * np.cbrt(y) - 16, y * 24389 / 27)
+    return torch.from_numpy(l_star[None].astype(np.float32))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(samples: np.ndarray, kind: bytes, data: bytes) -> bytes:
+    whole = imagecodecs.png_encode(samples)
+    return whole[:33] + png_chunk(kind, data) + whole[33:]  # after IHDR
+
+
+def with_profile(samples: np.ndarray, profile: bytes) -> bytes:
+    return png_with(samples, b"iCCP", b"profile\0\0" + zlib.compress(profile))
+
+
+@pytest.mark.parametrize(
+    ("data", "samples", "maximum"),
+    [
+        (with_profile(RAMP16, LINEAR_GRAY), RAMP16, 65535),
+        (with_profile(TONED16, LINEAR_RGB), TONED16, 65535),
+        (tiff(RAMP16, iccprofile=LINEAR_GRAY), RAMP16, 65535),
+        (tiff(TONED16, photometric="rgb", iccprofile=LINEAR_RGB), TONED16, 65535),
+        (png_with(RAMP16, b"gAMA", struct.pack(">I", 100_000)), RAMP16, 65535),
+        (png_with(TONED16, b"gAMA", struct.pack(">I", 100_000)), TONED16, 65535),
+    ],
+    ids=["png-gray", "png-rgb", "tiff-gray", "tiff-rgb", "gamma-gray", "gamma-rgb"],
+)
+def test_a_linear_scan_is_not_taken_for_srgb(data, samples, maximum):
+    torch.testing.assert_close(read_scan(data).lightness, l_star_of_linear(samples, maximum), atol=0.02, rtol=0)
+
+
+def test_the_gamma_of_an_eight_bit_png_is_undone():
+    """To 8 bits and littleCMS's tables for them, which are coarse in the deepest shadows of a linear scan."""
+    found = read_scan(png_with(RAMP8, b"gAMA", struct.pack(">I", 100_000))).lightness
+    assert float((found - l_star_of_linear(RAMP8, 255)).abs().mean()) < 0.3
+
+
+@pytest.mark.parametrize("profile", [b"no profile at all", LINEAR_RGB], ids=["damaged", "of another kind"])
+def test_a_profile_that_does_not_fit_a_deep_scan_is_passed_over(profile):
+    found = read_scan(tiff(RAMP16, iccprofile=profile)).lightness
+    torch.testing.assert_close(found, l_star_of(RAMP16, 65535), atol=2e-3, rtol=0)
+
+
+def test_the_gamma_that_encoders_write_for_srgb_is_srgb():
+    data = png_with(RAMP8, b"gAMA", struct.pack(">I", 45455))
+    assert torch.equal(read_scan(data).lightness, read_scan(encoded(Image.fromarray(RAMP8))).lightness)
+
+
+def twelve_bit_tiff(samples: np.ndarray, photometric: int) -> bytes:
+    """By hand, since tifffile writes no packed samples."""
+    height, width = samples.shape
+    bits = np.unpackbits(samples.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 4:]
+    packed = np.packbits(bits.reshape(height, -1), axis=1).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: photometric, 273: 122, 277: 1, 278: height, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
+
+
+UNIT = RAMP16 / 65535
+
+
+@pytest.mark.parametrize(
+    ("data", "samples", "maximum"),
+    [
+        (tiff((UNIT * (2**32 - 1)).astype(np.uint32)), UNIT, 1),
+        (tiff((RAMP16 // 4).astype(np.uint32)), RAMP16 // 4, 2**32 - 1),
+        (tiff(UNIT.astype(np.float32), photometric="miniswhite"), 1 - UNIT, 1),
+        (tiff(TONED16.astype(np.float64) / 65535, photometric="rgb"), TONED16, 65535),
+        (twelve_bit_tiff(RAMP16 >> 4, 1), RAMP16 >> 4, 4095),
+        (twelve_bit_tiff(RAMP16 >> 4, 0), 4095 - (RAMP16 >> 4), 4095),
+        (tiff(RAMP16, byteorder=">", bigtiff=True), RAMP16, 65535),
+        (imagecodecs.jpeg2k_encode(RAMP16, level=0), RAMP16, 65535),
+        (imagecodecs.jpeg2k_encode(TONED16, level=0), TONED16, 65535),
+        (imagecodecs.jpeg2k_encode(TONED16 >> 4, level=0, bitspersample=12), TONED16 >> 4, 4095),
+    ],
+    ids=[
+        "uint32",
+        "dark-uint32",
+        "float-white-is-zero",
+        "float64-rgb",
+        "12-bit",
+        "12-bit-white-is-zero",
+        "big",
+        "jp2-gray",
+        "jp2-rgb",
+        "jp2-12-bit",
+    ],
+)
+def test_white_is_the_full_scale_of_the_files_own_samples(data, samples, maximum):
+    torch.testing.assert_close(read_scan(data).lightness, l_star_of(samples, maximum), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        (RAMP16.view(np.int16), "signed"),
+        (RAMP8.view(np.int8), "signed"),
+        (RAMP16.astype(np.int32), "signed"),
+        (UNIT.astype(np.complex64), "complex"),
+        (RAMP16.astype(np.float32), "outside"),
+        (np.where(UNIT > 0.5, np.nan, UNIT).astype(np.float32), "outside"),
+    ],
+)
+def test_samples_without_a_defined_white_are_refused_by_name(samples, reason):
+    with pytest.raises(UnreadableImageError, match=reason):
+        read_scan(tiff(samples, photometric="minisblack"))
+
+
+def test_only_what_says_so_is_alpha():
+    infrared = np.concatenate((TONED16, RAMP16[::-1, :, None]), -1)
+    for samples, maximum in ((infrared, 65535), ((infrared >> 8).astype(np.uint8), 255)):
+        scan = read_scan(tiff(samples, photometric="rgb", extrasamples=["unspecified"]))
+        assert scan.alpha is None
+        torch.testing.assert_close(scan.lightness, l_star_of(samples[..., :3], maximum), atol=2e-3, rtol=0)
+    for order in "<>":
+        deep = np.stack((RAMP16, RAMP16[::-1]), -1)
+        kwargs = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unassalpha"]}
+        scan = read_scan(tiff(deep, byteorder=order, **kwargs))
+        np.testing.assert_array_equal(scan.alpha, RAMP16[::-1])
+        torch.testing.assert_close(scan.lightness, l_star_of(RAMP16, 65535), atol=2e-3, rtol=0)
+
+
+def test_the_transparent_gray_of_a_deep_png_is_alpha():
+    scan = read_scan(png_with(RAMP16, b"tRNS", struct.pack(">H", RAMP16[5, 7])))
+    assert scan.alpha is not None
+    np.testing.assert_array_equal(scan.alpha, np.where(RAMP16[5, 7] == RAMP16, 0, 65535))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_deep_tiff_without_all_its_data_is_refused(compression):
+    whole = tiff(RAMP16, compression=compression, rowsperstrip=8)
+    with pytest.raises(UnreadableImageError):
+        read_scan(whole[: len(whole) * 2 // 3])
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        place = file.pages[0].tags[279].valueoffset
+    size = 2 if struct.unpack_from("<H", whole, place)[0] and whole[place + 2 : place + 4] != b"\0\0" else 4
+    with pytest.raises(UnreadableImageError, match="left out"):
+        read_scan(whole[:place] + bytes(size) + whole[place + size :])
+
+
+def test_a_list_of_pages_beyond_the_limit_is_refused_at_once():
+    page = tiff(RAMP8[:2, :2], metadata=None)
+
+    def listing(num_pages: int) -> bytes:
+        """The first page, then empty ones that lie one after the other."""
+        with tifffile.TiffFile(io.BytesIO(page)) as file:
+            first = file.pages[0]
+            after = first.offset + 2 + 12 * len(first.tags)
+        data = bytearray(page)
+        struct.pack_into("<I", data, after, len(page))
+        for number in range(num_pages - 1):
+            last = number == num_pages - 2
+            entry = struct.pack("<HHII", 256, 4, 1, 1)
+            data += struct.pack("<H", 1) + entry + struct.pack("<I", 0 if last else len(data) + 18)
+        return bytes(data)
+
+    assert read_scan(listing(1000)).num_pages == 1000
+    start = time.process_time()
+    with pytest.raises(UnreadableImageError, match="more than 1000 frames or pages"):
+        read_scan(listing(200_000))
+    assert time.process_time() - start < 5  # Pillow's own count takes minutes
+
+
+def test_a_side_that_no_png_holds_is_refused():
+    with pytest.raises(UnreadableImageError, match="1000000 a side"):
+        read_scan(encoded(Image.new("1", (1_000_001, 1)), "TIFF"))
+
+
+def test_a_tag_of_another_type_is_no_xmp():
+    data = tiff(RAMP8, extratags=[(700, 3, 4, (1, 2, 3, 4), True)])
+    assert read_scan(data).metadata.xmp is None
+
+
+def test_clip_sees_a_line_of_pixels_at_a_bounded_size():
+    """Ordinary shapes keep their own, to the pixel."""
+    clip = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(image_size=224)))
+    pipe = SimpleNamespace(checkpoint=SimpleNamespace(clip=clip))
+
+    def size(width: int, height: int) -> tuple[int, int]:
+        scan = SimpleNamespace(width_px=width, height_px=height)
+        return DiffColor._clip_size(pipe, scan)
+
+    assert size(6000, 4000) == (336, 224)
+    assert size(1000, 12600) == (224, round(12600 * 0.224))
+    assert size(65_000, 1) == (224 * 64, 224)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +354,21 @@ def test_what_is_no_picture_says_why(data, reason):
         read_scan(data)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=300), st.integers(0, 400))
-def test_damage_anywhere_is_an_unreadable_image_or_a_picture(noise, place):
-    whole = encoded(Image.fromarray(RAMP8), "TIFF")
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(
+        [
+            encoded(Image.fromarray(RAMP8), "TIFF"),
+            tiff(TONED16, photometric="rgb", iccprofile=LINEAR_RGB, compression="zlib"),
+            twelve_bit_tiff(RAMP16 >> 4, 0),
+            with_profile(RAMP16, LINEAR_GRAY),
+            imagecodecs.jpeg2k_encode(TONED16, level=0),
+        ]
+    ),
+    st.binary(max_size=300),
+    st.integers(0, 900),
+)
+def test_damage_anywhere_is_an_unreadable_image_or_a_picture(whole, noise, place):
     data = whole[:place] + noise + whole[place + len(noise) :]
     with contextlib.suppress(UnreadableImageError):
         assert read_scan(data).lightness.isfinite().all()
