@@ -5,14 +5,16 @@ import difflib
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO
 
 import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
-from tasks.storage import Store
+from tasks.storage import Store, printable
 
 DEFAULT_CATALOG = "catalog.csv"
 COLUMNS = ("image", "context_prompt", "target_prompt")
@@ -22,6 +24,9 @@ SIDECAR_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".md"
 """Tables and texts that lie beside images; every other file of an archive is taken for an image."""
 MAX_PROMPT_CHARACTERS = 4000
 """Of a catalog's cell; a text tower reads about 300 characters at a time."""
+
+_MISSPELT = 0.8
+"""How much a column must look like a known, optional one (difflib's ratio) to be taken for it."""
 
 
 class CatalogError(ValueError):
@@ -79,7 +84,8 @@ def read_catalog(
 ) -> Iterator[CatalogRow] | None:
     """The rows of a catalog (CSV, JSONL or Parquet), by any fsspec URL; by default the archive's catalog.csv.
 
-    None if no catalog is given and the archive has none. required: columns that a CSV must have. Raises
+    None if no catalog is given and the archive has none. required: columns that it must have; other
+    columns may be there, unless they look like a known one misspelt. Raises
     CatalogError with what is wrong; the rows are read one by one, so an error in a row comes when its
     turn is.
     """
@@ -89,50 +95,98 @@ def read_catalog(
         return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG), required)
     if not catalog.endswith((".csv", ".jsonl", ".parquet")):
         raise CatalogError(f"catalog {catalog!r}: a catalog is .csv, .jsonl or .parquet")
-    folder, _, name = catalog.rpartition("/")
-    store = Store(folder or ("/" if catalog.startswith("/") else "."))
+    where = catalog if "://" in catalog else os.path.realpath(catalog)  # whoever names a link means the file
+    folder, _, name = where.rpartition("/")
+    store = Store(folder or "/")
     if not store.has(name):
         raise CatalogError(f"there is no catalog at {catalog!r}")
     return _rows(store, name, catalog, required)
 
 
 def _rows(store: Store, key: str, name: str, required: tuple[str, ...]) -> Iterator[CatalogRow]:
-    number = 0
     try:
         with store.open(key) as file:
             for number, record in enumerate(_records(file, name, required), 1):
-                yield _row(number, record)
-    except UnicodeDecodeError as error:
-        raise CatalogError(f"catalog {name!r}: not UTF-8 somewhere after row {number}: {error}") from error
+                try:
+                    row = _row(number, record)
+                except ValueError as error:
+                    raise ValueError(f"row {number}: {error}") from error
+                yield row
     except (ValueError, RecursionError, csv.Error, ArrowException) as error:
         raise CatalogError(f"catalog {name!r}: {error}") from error
 
 
 def _records(file: IO[bytes], name: str, required: tuple[str, ...]) -> Iterator[dict[str, object]]:
     if name.endswith(".parquet"):
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(10_000):
-                yield from batch.to_pylist()
-        except OSError as error:  # how pyarrow calls a damaged file
-            raise ValueError(f"not to be read as Parquet: {error}") from error
+        yield from _parquet_records(file, required)
     elif name.endswith(".jsonl"):
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
-            if line.strip():
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"line {number} is not an object")
-                yield record
+        yield from _json_records(file, required)
     else:
-        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-        for column in required:
-            if column not in (reader.fieldnames or ()):
-                near = difflib.get_close_matches(column, reader.fieldnames or (), 1)
-                hint = f" (did you mean your {near[0]!r}?)" if near else ""
-                raise ValueError(f"there is no column {column!r}{hint}; it has {', '.join(reader.fieldnames or ())}")
+        yield from _csv_records(file, required)
+
+
+def _parquet_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[str, object]]:
+    try:
+        table = pq.ParquetFile(file)
+        check_columns(tuple(table.schema_arrow.names), required)
+        for batch in table.iter_batches(10_000):
+            yield from batch.to_pylist()
+    except OSError as error:  # how pyarrow calls a damaged file
+        raise ValueError(f"not to be read as Parquet: {error}") from error
+
+
+def _json_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[str, object]]:
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
         try:
-            yield from reader
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num}: {error}") from error
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is not an object")
+            check_columns(tuple(record), required)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        yield record
+
+
+def _csv_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[str, object]]:
+    reader = csv.DictReader(_lines(file), strict=True)
+    try:
+        check_columns(tuple(reader.fieldnames or ()), required)
+        for number, record in enumerate(reader, 1):
+            if None in record or None in record.values():
+                raise ValueError(
+                    f"row {number} (line {reader.line_num}) has {'more' if None in record else 'fewer'} fields than "
+                    f"the header, which has {len(reader.fieldnames or ())}: put a text with commas in double quotes"
+                )
+            yield record
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    """Its lines as text; the first that is not UTF-8 is an error with its number."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    for number, line in enumerate(text, 1):
+        if printable(line) != line:
+            raise ValueError(f"line {number} is not UTF-8 ({printable(line)[:100]!r}): save the catalog as UTF-8")
+        yield line
+
+
+@lru_cache(1000)
+def check_columns(names: tuple[str, ...], required: tuple[str, ...]) -> None:
+    """Raise ValueError for a column that is there twice, is required and missing, or looks like a missing one."""
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"column {twice!r} is there twice: remove or rename one")
+    others = {name.strip().lower(): name for name in names if name not in COLUMNS}
+    for column in COLUMNS:
+        if column in names:
+            continue
+        near = difflib.get_close_matches(column, others, 1, 0.6 if column in required else _MISSPELT)
+        if near or column in required:
+            hint = f" (did you mean your {others[near[0]]!r}?)" if near else ""
+            raise ValueError(f"there is no column {column!r}{hint}; it has {', '.join(names)}")
 
 
 def _row(number: int, record: dict[str, object]) -> CatalogRow:
@@ -140,15 +194,15 @@ def _row(number: int, record: dict[str, object]) -> CatalogRow:
     for column in COLUMNS:
         value = record.get(column)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"row {number}: {column} is {str(value)[:100]!r}, not text")
+            raise ValueError(f"{column} is {str(value)[:100]!r}, not text")
         if value is not None and len(value) > MAX_PROMPT_CHARACTERS:
-            raise ValueError(
-                f"row {number}: {column} has {len(value)} characters, the limit is {MAX_PROMPT_CHARACTERS}"
-            )
+            raise ValueError(f"{column} has {len(value)} characters, the limit is {MAX_PROMPT_CHARACTERS}")
+        if value is not None and printable(value) != value:
+            raise ValueError(f"{column} is {printable(value)[:100]!r}, which holds half a character: write it whole")
         values.append((value or "").strip() or None)
     image, context_prompt, target_prompt = values
     if image is None:
-        raise ValueError(f"row {number}: no image is named")
+        raise ValueError("no image is named")
     return CatalogRow(number, image, context_prompt, target_prompt)
 
 

@@ -16,7 +16,8 @@ from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, __version__, r
 from diffcolor_core.fits import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.planning import PlannedImage, RunConfig
-from tasks.storage import OversizeError, Store, slug
+from tasks.storage import InvalidKeyError, OversizeError, Store, UnsafeFileError, slug
+from tasks.verify import FILES, FIT_FILES, key_of, sha256_of
 
 Row = dict[str, Any]
 MAX_FILE_BYTES = 4 * 2**30
@@ -54,7 +55,7 @@ class ImageWorker:
         started_at = datetime.now(UTC)
         try:
             data = self.archive.read(planned.work.image_key, max_bytes=MAX_FILE_BYTES)
-        except OversizeError as error:
+        except (InvalidKeyError, UnsafeFileError, OversizeError) as error:
             return error_rows(self.config, planned, "quarantined", error)
         shared: Row = {"started_at": started_at, "input_sha256": hashlib.sha256(data).hexdigest()}
         adopted, planned = self._adopt(planned, shared)
@@ -85,8 +86,10 @@ class ImageWorker:
     def _adopt(self, planned: PlannedImage, shared: Row) -> tuple[list[Row], PlannedImage]:
         """Rows of the variants that an earlier row answers, and what is left of the plan."""
         rows, left = [], []
-        for index, earlier in enumerate(planned.earlier or (None,) * len(planned.attempts)):
-            if earlier is None or earlier["input_sha256"] != shared["input_sha256"]:
+        for index, candidates in enumerate(planned.earlier or ((),) * len(planned.attempts)):
+            same = (row for row in candidates if row["input_sha256"] == shared["input_sha256"])
+            earlier = next(filter(self._has_files, same), None)
+            if earlier is None:
                 left.append(index)
                 continue
             own = base_row(self.config, planned, index) | {"adopted_from": earlier["image_key"]}
@@ -94,6 +97,13 @@ class ImageWorker:
         variants = tuple(planned.work.variants[i] for i in left)
         work = replace(planned.work, variants=variants)
         return rows, PlannedImage(work, tuple(planned.attempts[i] for i in left))
+
+    def _has_files(self, row: Row) -> bool:
+        """Whether the files that an earlier row names are there, and its picture is still the one that it made."""
+        keys = {file: key_of(row[f"{file}_uri"]) for file in FILES if row[f"{file}_uri"] is not None}
+        return (
+            all(map(self.output.has, keys.values())) and sha256_of(self.output, keys["output"]) == row["output_sha256"]
+        )
 
     def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
         """The fit, made or loaded, then the variants."""
@@ -111,6 +121,7 @@ class ImageWorker:
         shared["primary_uri"] = self.output.uri(primary_key)
         if any(v.target_prompt is None for v in planned.work.variants) or not self.output.has(primary_key):
             primary = self._write(primary_stem, fit.primary_picture, fit, context or "")
+            shared["primary_sha256"] = primary["output_sha256"]
         fit_seconds = time.perf_counter() - start
 
         rows = []
@@ -134,12 +145,20 @@ class ImageWorker:
         folder = f"fits/{sha256[:2]}/{sha256[:32]}-{self.config.fit_sha256(context_prompt)[:12]}"
         url = self.output.uri(folder)
         try:
-            fit, reused = pipe.load_fit(url, scan), True
+            fit, reused = self.output.patiently(lambda: pipe.load_fit(url, scan)), True
         except FitError:  # none yet, or one that a crash left half written
             fit, reused = pipe.fit(scan, context_prompt, seed=self.config.seed), False
-            fit.save(url, with_scan=False)
-        size = sum(info["size"] for info in self.output.fs.ls(f"{self.output.root}/{folder}", detail=True))
+            self._keep(fit, folder)
+        size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
         return fit, {"fit_uri": url, "fit_bytes": size, "fit_reused": reused}
+
+    def _keep(self, fit: Fit, folder: str) -> None:
+        """Save a fit by way of memory: the store tries again, and puts whole files, below its root."""
+        memory = Store("memory://fit")
+        fit.save(memory.url, with_scan=False)
+        for name in FIT_FILES:
+            self.output.write(f"{folder}/{name}", memory.read(name))
+            memory.delete(name)
 
     def _digest(self, context_prompt: str | None, target_prompt: str | None) -> str:
         return self.config.config_sha256(context_prompt, target_prompt)[:12]
@@ -150,18 +169,18 @@ class ImageWorker:
         provenance = fit.provenance(prompt, self.config.run_id)
         columns: Row = {}
         formats: tuple[tuple[str, ImageFormat | None], ...] = (
-            ("output_uri", self.config.image_format),
-            ("access_uri", self.config.access_copy),
+            ("output", self.config.image_format),
+            ("access", self.config.access_copy),
         )
-        for column, image_format in formats:
+        for file, image_format in formats:
             if image_format is None:
                 continue
             data = encode(picture, image_format, provenance, fit.scan.metadata)
             key = f"{stem}{SUFFIX[image_format]}"
             self.output.write(key, data)
-            columns[column] = self.output.uri(key)
-            if column == "output_uri":
-                columns |= {"output_sha256": hashlib.sha256(data).hexdigest(), "output_bytes": len(data)}
+            columns |= {f"{file}_uri": self.output.uri(key), f"{file}_sha256": hashlib.sha256(data).hexdigest()}
+            if file == "output":
+                columns["output_bytes"] = len(data)
         return columns
 
     def _row(self, planned: PlannedImage, index: int, result: Result, shared: Row, seconds: float) -> Row:

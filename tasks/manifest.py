@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import secrets
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tasks.storage import Store
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PREFIX = "manifest"
 
 
@@ -100,6 +101,10 @@ _COLUMNS = (
     _Column("fit_reused", pa.bool_(), "Whether the fit of an earlier run was used.", since=2),
     _Column("adopted_from", pa.string(), "image_key under which the same work had been done before.", since=2),
     _Column("fallback", pa.string(), "What was reduced because memory ran out; null if nothing.", since=2),
+    _Column("access_sha256", pa.string(), "Hash of the access copy's bytes; null if there is none.", since=3),
+    _Column(
+        "primary_sha256", pa.string(), "Hash of the primary file's bytes; null if an earlier run wrote it.", since=3
+    ),
 )
 
 SCHEMA = pa.schema(
@@ -115,7 +120,8 @@ SCHEMA = pa.schema(
     metadata={"diffcolor.schema_version": str(SCHEMA_VERSION)},
 )
 
-POINTER = f"{PREFIX}/compacted.json"
+POINTER = re.compile(rf"{PREFIX}/compacted-(\d{{6}})\.json")
+_COMPACTED = re.compile(rf"{PREFIX}/compacted-(\d{{6}})-.*")
 _ROW_NUMBER = """row_number() over (
     partition by image_key, variant
     order by generation desc nulls last, finished_at desc, attempt desc, run_id desc)"""
@@ -155,13 +161,16 @@ class Parts:
     """The keys of a manifest's parts.
 
     loose: as runs committed them. latest, earlier: of the last compaction, the latest row of each
-    image and variant, and the others. replaced: loose parts that compaction has taken in, not deleted yet.
+    image and variant, and the others. replaced: parts that compaction has taken in, not deleted yet.
+    abandoned: of compactions that were killed, or overtaken by another, or are at work now. generation:
+    the number of the last compaction.
     """
 
     loose: tuple[str, ...]
     latest: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    abandoned: tuple[str, ...] = ()
     generation: int = 0
 
     @property
@@ -178,21 +187,25 @@ class Parts:
 
 
 def list_parts(output: Store) -> Parts:
-    """The parts of a manifest. The pointer is read before the listing: what is committed between is seen."""
-    try:
-        pointer = json.loads(output.read(POINTER))
-    except FileNotFoundError:
-        pointer = {"generation": 0, "latest": [], "earlier": [], "replaced": []}
-    replaced = set(pointer["replaced"])
-    found = sorted(
-        key for key, _ in output.walk(PREFIX) if key.endswith(".parquet") and key.count("/") == PREFIX.count("/") + 1
-    )
+    """The parts of a manifest now.
+
+    Parts that the pointer does not know yet, and those that it has just replaced, are in the same
+    listing as it: nothing of one listing is missed or counted twice.
+    """
+    keys = sorted(key for key, _ in output.walk(PREFIX))
+    generation = max((int(match.group(1)) for match in map(POINTER.fullmatch, keys) if match), default=0)
+    pointer = json.loads(output.read(_pointer(generation))) if generation else {}
+    latest, earlier, replaced = (tuple(pointer.get(kind, ())) for kind in ("latest", "earlier", "replaced"))
+    found = [key for key in keys if key.endswith(".parquet")]
+    taken_in = set(replaced)
+    compacted = [key for key in found if _COMPACTED.fullmatch(key)]
     return Parts(
-        loose=tuple(key for key in found if key not in replaced),
-        latest=tuple(pointer["latest"]),
-        earlier=tuple(pointer["earlier"]),
-        replaced=tuple(key for key in found if key in replaced),
-        generation=pointer["generation"],
+        loose=tuple(key for key in found if key.count("/") == 1 and key not in taken_in),
+        latest=latest,
+        earlier=earlier,
+        replaced=tuple(key for key in found if key in taken_in),
+        abandoned=tuple(key for key in compacted if key not in {*latest, *earlier, *taken_in}),
+        generation=generation,
     )
 
 
@@ -268,49 +281,66 @@ class Compaction:
 def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
     """Write all rows anew into few parts sorted by image, then move the pointer: the same rows before and after.
 
-    The parts that are now replaced stay for readers that still read them; the next compaction
-    deletes them. Raises ManifestError if there is no manifest.
+    The pointer moves by one conditional PUT of its next number: of several compactions at once one
+    does it, and those before it are never changed. The parts that are now replaced stay for readers that
+    still read them; the next compaction deletes them. Raises ManifestError if there is no manifest, or
+    if another compaction was faster.
     """
     parts = list_parts(output)
     connection = connect(output, parts)
     generation = parts.generation + 1
     folder = f"{PREFIX}/compacted-{generation:06d}-{secrets.token_hex(4)}"
-    written: dict[str, list[str]] = {}
+    written: dict[str, list[str]] = {"latest": [], "earlier": []}
     rows = 0
-    for name, sql in (("latest", "from results"), ("earlier", f"select * from attempts {_EARLIER}")):
-        written[name] = []
-        reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
-        for number, batch in enumerate(reader):
-            sink = io.BytesIO()
-            table = pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
-            pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=25_000)
-            written[name].append(f"{folder}/{name}-{number:05d}.parquet")
-            output.write(written[name][-1], sink.getvalue())
-            rows += batch.num_rows
-    # What this compaction has not read counts on: only the parts listed above are replaced.
-    _write_pointer(output, generation, replaced=[*parts.loose, *parts.replaced], **written)
-    for key in (*parts.replaced, *_older_folders(output, generation)):
+    try:
+        for name, sql in (("latest", "from results"), ("earlier", f"select * from attempts {_EARLIER}")):
+            reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
+            for number, batch in enumerate(reader):
+                sink = io.BytesIO()
+                table = pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
+                pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=25_000)
+                written[name].append(f"{folder}/{name}-{number:05d}.parquet")
+                output.write(written[name][-1], sink.getvalue())
+                rows += batch.num_rows
+    except (duckdb.Error, OSError):
+        if list_parts(output).generation < generation:
+            raise
+        overtaken = True  # the parts that were read here are deleted by now
+    else:
+        # What this compaction has not read counts on: only the parts listed above are replaced.
+        overtaken = not _move_pointer(output, generation, replaced=[*parts.all, *parts.replaced], **written)
+    if overtaken:
+        for key in (*written["latest"], *written["earlier"]):
+            output.delete(key)
+        raise ManifestError(f"another compaction of {output.url!r} was faster: this one has changed nothing")
+    for key in (*parts.replaced, *(key for key in parts.abandoned if _generation_of(key) < generation)):
         output.delete(key)
     return Compaction(len(parts.all), sum(map(len, written.values())), rows, len(parts.replaced))
 
 
-def set_aside(output: Store, key: str, folder: str) -> None:
-    """Move a part that cannot be read out of the manifest, to `folder`."""
-    output.write(f"{folder}/{key}", output.read(key))
-    parts = list_parts(output).without({key})
-    if parts.generation:
-        _write_pointer(output, parts.generation, parts.latest, parts.earlier, parts.replaced)
-    output.delete(key)
+def forget_part(output: Store, key: str) -> None:
+    """Move the pointer to the same parts but `key`, if it names that one."""
+    parts = list_parts(output)
+    if key not in (*parts.latest, *parts.earlier):
+        return
+    left = parts.without({key})
+    if not _move_pointer(output, parts.generation + 1, left.latest, left.earlier, parts.replaced):
+        raise ManifestError(f"a compaction of {output.url!r} has ended while {key!r} was set aside: verify it again")
 
 
-def _write_pointer(
+def _move_pointer(
     output: Store, generation: int, latest: Sequence[str], earlier: Sequence[str], replaced: Sequence[str]
-) -> None:
-    record = {"generation": generation, "latest": latest, "earlier": earlier, "replaced": replaced}
-    output.write(POINTER, json.dumps(record).encode())
+) -> bool:
+    """Whether it was this call that has made the pointer of this number."""
+    record = {"latest": latest, "earlier": earlier, "replaced": replaced}
+    return output.create(_pointer(generation), json.dumps(record).encode())
 
 
-def _older_folders(output: Store, generation: int) -> list[str]:
-    """The files of compactions before the one that the newest replaced: nobody reads them any more."""
-    kept = tuple(f"{PREFIX}/compacted-{number:06d}-" for number in (generation - 1, generation))
-    return [k for k, _ in output.walk(PREFIX) if k.startswith(f"{PREFIX}/compacted-") and not k.startswith(kept)]
+def _pointer(generation: int) -> str:
+    return f"{PREFIX}/compacted-{generation:06d}.json"
+
+
+def _generation_of(key: str) -> int:
+    match = _COMPACTED.fullmatch(key)
+    assert match is not None, key
+    return int(match.group(1))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import count, groupby, islice
+from operator import itemgetter
 from typing import Any, Literal
 
 import duckdb
@@ -84,13 +86,13 @@ class RunConfig:
 class PlannedImage:
     """An image's work with the attempt number that each of its variants has now.
 
-    earlier: for each variant the manifest row of the same prompts and settings from a file that may be
-    the same, now renamed or only touched: its content's hash decides.
+    earlier: for each variant the manifest's ok rows, of any run, of the same configuration from files that
+    may be the same, now renamed, touched or changed back: the content's hash decides.
     """
 
     work: ImageWork
     attempts: tuple[int, ...]
-    earlier: tuple[dict[str, Any] | None, ...] = ()
+    earlier: tuple[tuple[dict[str, Any], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,19 @@ class Shard:
 
     number: int
     images: tuple[PlannedImage, ...]
+
+
+def refuse_overlap(archive: Store, output: Store) -> None:
+    """Raise ValueError if one of the two folders lies in the other: a run would take its own pictures for scans."""
+    if type(archive.fs) is not type(output.fs):
+        return
+    roots = [os.path.realpath(s.root) if s.is_local else s.root for s in (archive, output)]
+    inner, outer = sorted(roots, key=len, reverse=True)
+    if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
+        raise ValueError(
+            f"of archive {archive.url!r} and output {output.url!r} one lies in the other: its pictures would be taken "
+            "for scans. Name an output beside the archive"
+        )
 
 
 class Plan:
@@ -124,20 +139,22 @@ class Plan:
     def _images(self) -> Iterator[PlannedImage]:
         cursor = self._database.cursor()
         cursor.execute(
-            """select fit, image, context, target, version, number, todo.attempt, earlier.row
+            """select fit, n, image, context, target, version, number, todo.attempt, earlier.row
             from todo left join earlier using (n) order by n"""
         )
-        for _, group in groupby(_fetch(cursor), key=lambda row: row[0]):
-            rows = list(group)
-            _, image, context, _, version, number, *_ = rows[0]
+        for _, group in groupby(_fetch(cursor), key=itemgetter(0)):
+            asked = [list(same) for _, same in groupby(group, key=itemgetter(1))]
+            rows = [same[0] for same in asked]
+            _, _, image, context, _, version, number, *_ = rows[0]
             problem: ValueError | None = None
             if version is None:
                 problem = MissingImageError(f"catalog row {number} names {image!r}, which is not in the archive")
             elif context is None:
                 problem = MissingPromptError("the catalog has no context prompt for it, and no --prompt was given")
-            variants = tuple(Variant(variant_name(context, row[3]), row[3]) for row in rows)
+            variants = tuple(Variant(variant_name(context, row[4]), row[4]) for row in rows)
             work = ImageWork(image, version or "", context, variants, problem)
-            yield PlannedImage(work, tuple(row[6] for row in rows), tuple(row[7] for row in rows))
+            earlier = tuple(tuple(row[8] for row in same if row[8] is not None) for same in asked)
+            yield PlannedImage(work, tuple(row[7] for row in rows), earlier)
 
 
 @contextmanager
@@ -176,7 +193,7 @@ def open_plan(
         done_before: Counter[str] = Counter()
         database.execute(
             """create table todo (n bigint, fit bigint, image varchar, context varchar, target varchar, version varchar,
-            number bigint, attempt integer, earlier_key varchar)"""
+            number bigint, attempt integer, config varchar)"""
         )
         _insert(database, "todo", _what_is_left(database, config, retry_quarantined, done_before))
         _load_earlier(database, output)
@@ -193,22 +210,15 @@ create table work as
         from catalog left join inherited on not $whole and inherited.image_key = image group by all
         union all
         select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
-    ), same_version as (
-        select input_version, context_prompt, target_prompt, config_sha256, min(image_key) as image_key
-        from known where status = 'ok' and input_version <> '' group by all
     )
     select row_number() over (order by image, context nulls first, number, target nulls first) as n,
         dense_rank() over (order by image, context nulls first) as fit,
         asked.*, files.version,
-        known.status, known.attempt, known.config_sha256, known.input_version,
-        same_version.config_sha256 as other_config, same_version.image_key as other_key
+        known.status, known.attempt, known.config_sha256, known.input_version
     from asked
     left join files on files.key = image
     left join known on known.image_key = image
         and known.context_prompt is not distinct from context and known.target_prompt is not distinct from target
-    left join same_version on same_version.input_version = files.version and same_version.image_key <> image
-        and same_version.context_prompt is not distinct from context
-        and same_version.target_prompt is not distinct from target
     qualify fit <= $limit and row_number() over (partition by image, context, target) = 1
 """
 
@@ -220,53 +230,66 @@ def _what_is_left(
     cursor = database.cursor()
     cursor.execute(
         """select n, fit, image, context, target, version, number,
-        status, attempt, config_sha256, input_version, other_config, other_key from work order by n"""
+        status, attempt, config_sha256, input_version from work order by n"""
     )
-    for *planned, status, attempt, known_config, known_version, other_config, other_key in _fetch(cursor):
-        _, _, image, context, target, version, _ = planned
+    for *planned, status, attempt, known_config, known_version in _fetch(cursor):
+        _, _, _, context, target, version, _ = planned
         wanted = config.config_sha256(context, target)
         unchanged = known_config == wanted and (known_version or "") == (version or "")
         if unchanged and status in done:
             done_before[status] += 1
             continue
-        earlier = image if known_config == wanted and status == "ok" else other_key if other_config == wanted else None
-        yield (*planned, attempt + 1 if unchanged else 1, earlier)
+        yield (*planned, attempt + 1 if unchanged else 1, wanted)
 
 
 def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
-    """What planning needs of the manifest's `results`."""
-    columns = """image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
-        coalesce(generation, 0) as generation"""
+    """What planning needs of the manifest: of each variant the latest row, and whatever has been done ever."""
     database.execute(
         """create table known (image_key varchar, context_prompt varchar, target_prompt varchar, status varchar,
         attempt integer, config_sha256 varchar, input_version varchar, generation bigint)"""
     )
+    database.execute("create table done (image_key varchar, config_sha256 varchar, input_version varchar)")
     try:
         manifest = connect(output)
     except ManifestError:
         return
-    reader = manifest.execute(f"select {columns} from results").to_arrow_reader(20_000)
-    database.register("batches", reader)
-    database.execute("insert into known from batches")
-    database.unregister("batches")
+    columns = """image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
+        coalesce(generation, 0)"""
+    _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from results"))
+    rows = manifest.execute(
+        "select image_key, config_sha256, coalesce(input_version, '') from attempts where status = 'ok'"
+    )
+    _stream(database, "insert into done from batches", rows)
 
 
 def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
-    """The whole manifest rows that planned work may turn out to be."""
+    """The whole manifest rows that planned work may turn out to be: of its image, or of one file with its token."""
+    database.execute("create table earlier (n bigint, row integer)")
     wanted = database.execute(
-        "select n, earlier_key as image_key, context, target from todo where earlier_key is not null"
+        """select n, done.* from todo join done on image_key = image and config_sha256 = config
+        union
+        select n, same.* from todo join (
+            select min(image_key), config_sha256, input_version from done where input_version <> '' group by all
+        ) as same on input_version = version and config_sha256 = config"""
     ).to_arrow_table()
     if not wanted.num_rows:
-        database.execute("create table earlier (n bigint, row integer)")
         return
     manifest = connect(output)
     manifest.register("wanted", wanted)
-    reader = manifest.execute(
-        """select n, results as row from results join wanted on wanted.image_key = results.image_key
-        and context_prompt is not distinct from context and target_prompt is not distinct from target"""
-    ).to_arrow_reader(10_000)
-    database.register("batches", reader)
-    database.execute("create table earlier as from batches")
+    rows = manifest.execute(
+        """select n, attempts as row from attempts join wanted on wanted.image_key = attempts.image_key
+        and wanted.config_sha256 = attempts.config_sha256
+        and wanted.input_version = coalesce(attempts.input_version, '') where status = 'ok'
+        qualify row_number() over (
+            partition by n, input_sha256 order by generation desc nulls last, finished_at desc) = 1"""
+    )
+    _stream(database, "create or replace table earlier as from batches", rows)
+
+
+def _stream(database: duckdb.DuckDBPyConnection, sql: str, rows: duckdb.DuckDBPyConnection) -> None:
+    """Run `sql` over the rows of another connection's query, as `batches`."""
+    database.register("batches", rows.to_arrow_reader(10_000))
+    database.execute(sql)
     database.unregister("batches")
 
 

@@ -6,11 +6,13 @@ import os
 import posixpath
 import re
 import socket
+import stat
 import time
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -26,6 +28,10 @@ CLAIM_SECONDS = 2.0
 """How long a claim on a key stands before it is used, on stores without a conditional PUT."""
 TEMPORARY = ".tmp"
 """Folder of a local store for files that are not whole yet."""
+PROBE = "probe-"
+"""How keys begin that are written only to see what a store does with them."""
+PROBE_LIFE = timedelta(hours=1)
+"""A probe that is older was left by a process that is dead: all its tries take minutes."""
 _LASTING = (
     FileNotFoundError,
     FileExistsError,
@@ -43,19 +49,29 @@ class InvalidKeyError(ValueError):
     """A key that would leave the store's root, or that no store can hold."""
 
 
+class UnsafeFileError(PermissionError):
+    """What lies at a key of a local store leads out of its root, or is no file that can be read to its end."""
+
+
 class OversizeError(ValueError):
     """A file larger than what is read at once."""
 
 
 def check_key(key: str) -> str:
-    """`key` itself, if it is a plain relative path below the root.
-
-    Raises InvalidKeyError for an empty, absolute, over-long or NUL-holding key and for "." or ".." parts.
-    """
+    """`key` itself, if it is a plain relative path below the root. Raises InvalidKeyError."""
+    size = len(key.encode(errors="surrogatepass"))
     parts = key.split("/")
-    if not key or len(key.encode()) > 1024 or "\0" in key or "\\" in key or any(p in ("", ".", "..") for p in parts):
-        raise InvalidKeyError(f"not a key below the root: {key[:200]!r}")
+    if size > 1024 or "\0" in key or "\\" in key or printable(key) != key or any(p in ("", ".", "..") for p in parts):
+        raise InvalidKeyError(
+            f"not a key below the root: {key[:200]!r}. A key is a relative path in UTF-8, of at most 1024 bytes, "
+            "without a backslash, NUL, and empty, '.' or '..' parts: rename the file"
+        )
     return key
+
+
+def printable(name: str) -> str:
+    """`name` itself, or, if it is not Unicode, escaped: with backslashes, so that no file is taken for it."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def this_machine() -> str:
@@ -106,23 +122,26 @@ class Store:
 
     def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
         """The bytes at `key`. Raises FileNotFoundError; OversizeError, without reading, if there are too many."""
+        path = self._readable(key)
+        if max_bytes is not None and (size := self.size(key)) > max_bytes:
+            raise OversizeError(f"{key!r} has {size} bytes, the limit is {max_bytes}")
+        return self.patiently(lambda: bytes(self.fs.cat_file(path)))
+
+    def size(self, key: str) -> int:
+        """Bytes of the file at `key`. Raises FileNotFoundError."""
         path = self._path(key)
-        if max_bytes is not None:
-            size = self._patiently(lambda: int(self.fs.info(path)["size"]))
-            if size > max_bytes:
-                raise OversizeError(f"{key!r} has {size} bytes, the limit is {max_bytes}")
-        return self._patiently(lambda: bytes(self.fs.cat_file(path)))
+        return self.patiently(lambda: int(self.fs.info(path)["size"]))
 
     def open(self, key: str) -> IO[bytes]:
         """The file at `key` for reading as a stream. Raises FileNotFoundError."""
-        path = self._path(key)
-        return self._patiently(lambda: cast(IO[bytes], self.fs.open(path, "rb")))
+        path = self._readable(key)
+        return self.patiently(lambda: cast(IO[bytes], self.fs.open(path, "rb")))
 
     def write(self, key: str, data: bytes) -> None:
         """Put `data` at `key` as a whole: a reader sees the old bytes or the new ones, never a part."""
         path = self._path(key)
         if not self.is_local:
-            self._patiently(lambda: self.fs.pipe_file(path, data))
+            self.patiently(lambda: self.fs.pipe_file(path, data))
             return
         temporary = self._write_temporary(path, data)
         os.replace(temporary, path)
@@ -152,15 +171,15 @@ class Store:
             tries += 1
             return self._put_if_absent(path, data)
 
-        won = self._patiently(put)
+        won = self.patiently(put)
         return won or (tries > 1 and self.read(key) == data)
 
     def probe_conditional_put(self) -> bool:
         """Whether this object store refuses a second PUT to a key on demand: found out by two that must differ."""
-        key = f"probe-{uuid.uuid4().hex}"
+        key = f"{PROBE}{uuid.uuid4().hex}"
         self.write(key, b"probe")
         try:
-            return not self._patiently(lambda: self._put_if_absent(self._path(key), b"again"))
+            return not self.patiently(lambda: self._put_if_absent(self._path(key), b"again"))
         except (TypeError, NotImplementedError):  # the filesystem does not know the mode
             return False
         finally:
@@ -206,7 +225,7 @@ class Store:
         """Remove the file at `key`, if it is there."""
         path = self._path(key)
         try:
-            self._patiently(lambda: self.fs.rm_file(path))
+            self.patiently(lambda: self.fs.rm_file(path))
         except FileNotFoundError:
             return
         self.fs.invalidate_cache()
@@ -215,12 +234,35 @@ class Store:
         """Whether there is a file at `key` now."""
         path = self._path(key)
         self.fs.invalidate_cache()
-        return self._patiently(lambda: bool(self.fs.exists(path)))
+        return self.patiently(lambda: bool(self.fs.exists(path)))
 
     def _path(self, key: str) -> str:
-        return posixpath.join(self.root, check_key(key))
+        """Where `key` is. Raises UnsafeFileError if symbolic links of a local store lead out of its root."""
+        path = posixpath.join(self.root, check_key(key))
+        if self.is_local:
+            root, real = os.path.realpath(self.root), os.path.realpath(path)
+            if os.path.commonpath([root, real]) != root:
+                raise UnsafeFileError(
+                    f"a symbolic link leads from {path!r} to {real!r}, out of {root!r}: remove the link"
+                )
+        return path
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def _readable(self, key: str) -> str:
+        """Where the file `key` is. A pipe or device could be read for ever: raises UnsafeFileError."""
+        path = self._path(key)
+        if not self.is_local:
+            return path
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
+                raise UnsafeFileError(f"{path!r} is a symbolic link to nothing: remove it, or mend it") from error
+            raise
+        if not stat.S_ISREG(mode):
+            raise UnsafeFileError(f"{path!r} is no file but a folder (or a link to one), a pipe, a socket or a device")
+        return path
+
+    def patiently(self, call: Callable[[], T]) -> T:
         """`call()`, tried again with growing random pauses while the store has trouble that may pass."""
         if self.is_local:
             return call()
@@ -233,9 +275,8 @@ class Store:
     def _write_temporary(self, path: str, data: bytes) -> str:
         """`data` in a file of its own on the same disk, named after this process: see `sweep`."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.root, TEMPORARY)
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f"{_machine_digest()}~{os.getpid()}~{uuid.uuid4().hex}"
+        temporary = Path(self._path(f"{TEMPORARY}/{_machine_digest()}~{os.getpid()}~{uuid.uuid4().hex}"))
+        temporary.parent.mkdir(exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -247,23 +288,33 @@ class Store:
         return str(temporary)
 
     def sweep(self) -> int:
-        """Delete the temporary files that dead processes of this machine have left; how many there were."""
-        if not self.is_local:
-            return 0
-        stale = [
-            path
-            for path in Path(self.root, TEMPORARY).glob(f"{_machine_digest()}~*~*")
-            if not psutil.pid_exists(int(path.name.split("~")[1]))
-        ]
-        for path in stale:
-            path.unlink(missing_ok=True)
+        """Delete what dead processes have left: of this machine on a local disk, else probes; how many there were."""
+        stale = self._stale_temporaries() if self.is_local else self._stale_probes()
+        for key in stale:
+            self.delete(key)
         return len(stale)
+
+    def _stale_temporaries(self) -> list[str]:
+        found = Path(self.root, TEMPORARY).glob(f"{_machine_digest()}~*~*")
+        return [f"{TEMPORARY}/{p.name}" for p in found if not psutil.pid_exists(int(p.name.split("~")[1]))]
+
+    def _stale_probes(self) -> list[str]:
+        try:
+            names = [posixpath.basename(str(info["name"])) for info in self._list_folder(self.root)]
+            return [name for name in names if name.startswith(PROBE) and self._age(name) > PROBE_LIFE]
+        except FileNotFoundError:  # there is nothing yet, or another sweeps too
+            return []
+
+    def _age(self, key: str) -> timedelta:
+        path = self._path(key)
+        return datetime.now(UTC) - self.patiently(lambda: cast(datetime, self.fs.modified(path)))
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, str]]:
         """(key, version token) of every file below `prefix`, a folder at a time, in no promised order.
 
         The token changes when the file's content does: an ETag where the store has one, else size
-        and time of last change.
+        and time of last change. Links to folders are not followed: they are listed like files, as are
+        pipes. A name that is not Unicode is listed as `printable`, which is no valid key.
         """
         self.fs.invalidate_cache()
         folders = [posixpath.join(self.root, prefix) if prefix else self.root]
@@ -281,10 +332,12 @@ class Store:
                     if path != folder:
                         folders.append(path)
                 elif len(path) > len(self.root):
-                    yield path[len(self.root) + 1 :], _version(info)
+                    yield printable(path[len(self.root) + 1 :]), _version(info)
 
     def _list_folder(self, folder: str) -> Iterable[dict[str, Any]]:
-        return self._patiently(lambda: cast(Iterable[dict[str, Any]], self.fs.ls(folder, detail=True)))
+        if self.is_local:  # fsspec would hold a whole folder in memory
+            return filter(None, map(_local_info, os.scandir(folder)))
+        return self.patiently(lambda: cast(Iterable[dict[str, Any]], self.fs.ls(folder, detail=True)))
 
     def list(self, prefix: str = "") -> list[tuple[str, str]]:
         """(key, version token) of every file below `prefix`, sorted by key."""
@@ -316,6 +369,19 @@ def _is_precondition(error: OSError) -> bool:
     """Whether a conditional PUT lost: s3fs turns the server's 412 into EINVAL."""
     cause = repr(error.__cause__)
     return (error.errno == errno.EINVAL and "412" in cause) or "PreconditionFailed" in cause
+
+
+def _local_info(entry: os.DirEntry[str]) -> dict[str, Any] | None:
+    """What is listed of a file; None if it is gone meanwhile."""
+    try:
+        try:
+            status = entry.stat()
+        except OSError:  # a link to nothing
+            status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    kind = "directory" if entry.is_dir(follow_symlinks=False) else "file"
+    return {"name": entry.path, "type": kind, "size": status.st_size, "mtime": status.st_mtime}
 
 
 def _version(info: dict[str, Any]) -> str:

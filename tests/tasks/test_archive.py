@@ -1,11 +1,15 @@
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tasks.archive import (
+    COLUMNS,
+    RECOLOR_COLUMNS,
     CatalogError,
+    check_columns,
     is_image_key,
     read_catalog,
     variant_name,
@@ -69,7 +73,12 @@ def test_what_counts_as_an_image(archive):
         (f"image,context_prompt\na.png,{'x' * 5000}\n", "row 1: context_prompt has 5000 characters, the limit is 4000"),
         (f"image,context_prompt\na.png,{'x' * 10_000_000}\n", "field larger than field limit"),
         ('image,context_prompt\n"a.png,x\n', "unexpected end of data"),
-        ("image,context_prompt\na\xff.png,x\n", "utf-8"),
+        ("image,context_prompt\nb.png,y\na\xff.png,x\n", "line 3 is not UTF-8"),
+        ("image,context_prompt,target_prompt\na.png,a dog on a bench, with grass,a red dog\n", "row 1 .*more.*quotes"),
+        ("image,context_prompt,target_prompt\na.png,x,y\nb.png,x\n", "row 2 .*fewer.*quotes"),
+        ("image,context_prompt,target_promt\na.png,x,y\n", "'target_prompt' .did you mean your 'target_promt'"),
+        ("image,context_prompt,Target prompt\na.png,x,y\n", "did you mean your 'Target prompt'"),
+        ("image,context_prompt,image\na.png,x,b.png\n", "column 'image' is there twice"),
     ],
 )
 def test_a_catalog_that_is_wrong_says_where(archive, text, message):
@@ -78,6 +87,60 @@ def test_a_catalog_that_is_wrong_says_where(archive, text, message):
         file.write(text)
     with pytest.raises(CatalogError, match=message):
         list(read_catalog(archive, path))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"image": "a.png", "context_prompt": "x"}\nnonsense\n', "line 2: "),
+        ('{"image": "a.png", "context_prompt": "x"}\n\n[]\n', "line 3: it is not an object"),
+        ('{"context_prompt": "x"}\n', "line 1: there is no column 'image'"),
+        ('{"image": "a.png", "context_prompt": "x", "target_promt": "y"}\n', "line 1: .*your 'target_promt'"),
+        (
+            '{"image": "a.png", "context_prompt": "x"}\n{"image": "a.png", "context_prompt": "\\ud800"}\n',
+            "row 2: .*half",
+        ),
+        (
+            '{"image": "a.png", "context_prompt": "x"}\n{"image": "\xff.png", "context_prompt": "x"}\n',
+            "line 2 is not UTF",
+        ),
+    ],
+)
+def test_a_jsonl_catalog_that_is_wrong_says_where(archive, lines, message):
+    path = f"{archive.root}/bad.jsonl"
+    with open(path, "w", encoding="latin-1") as file:
+        file.write(lines)
+    with pytest.raises(CatalogError, match=message):
+        list(read_catalog(archive, path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["context_prompt", "target_prompt"], "no column 'image'"),
+        (["image", "context_prompt", "target_promt"], "your 'target_promt'"),
+        (["image", "context_prompt", "image"], "'image' is there twice"),
+    ],
+)
+def test_a_parquet_catalog_that_is_wrong_says_so(archive, names, message):
+    path = f"{archive.root}/bad.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * len(names), names), path)
+    with pytest.raises(CatalogError, match=message):
+        list(read_catalog(archive, path))
+
+
+def test_columns_beside_the_known_ones_are_left_alone():
+    check_columns(("image", "context_prompt", "target_prompt", "target_prompt_de", "images", "", ""), COLUMNS[:2])
+    check_columns(("image", "context_prompt", "negative_prompt", "target"), COLUMNS[:2])
+    check_columns(("image", "target_prompt"), RECOLOR_COLUMNS)
+    with pytest.raises(ValueError, match="your 'context_promt'"):
+        check_columns(("image", "target_prompt", "context_promt"), RECOLOR_COLUMNS)
+
+
+def test_who_names_a_catalog_by_a_link_means_the_file(archive, tmp_path):
+    (tmp_path / "prompts.csv").write_text("image,context_prompt\na.png,x\n")
+    os.symlink(tmp_path / "prompts.csv", f"{archive.root}/named.csv")
+    assert [row.image for row in read_catalog(archive, f"{archive.root}/named.csv")] == ["a.png"]
 
 
 def test_a_catalog_that_is_not_there_or_of_another_kind(archive):

@@ -5,8 +5,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import manifest
-from tasks.manifest import SCHEMA, Compaction, ManifestError, commit_part, compact, connect, encode_part, query
+from tasks.manifest import (
+    POINTER,
+    SCHEMA,
+    Compaction,
+    ManifestError,
+    commit_part,
+    compact,
+    connect,
+    encode_part,
+    list_parts,
+    query,
+)
 from tasks.storage import Store
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -42,7 +52,7 @@ def output(store):
 
 def test_the_schema_has_the_promised_columns_each_documented():
     added = {"input_version", "pages_left_out", "access_uri", "alpha_scores", "nouns", "generation", "output_bytes"}
-    added |= {"fit_uri", "fit_bytes", "fit_reused", "adopted_from", "fallback"}
+    added |= {"fit_uri", "fit_bytes", "fit_reused", "adopted_from", "fallback", "access_sha256", "primary_sha256"}
     assert [name for name in SCHEMA.names if name not in added] == ISSUE_COLUMNS
     for field in SCHEMA:
         assert field.metadata[b"description"]
@@ -54,7 +64,7 @@ def test_a_part_keeps_types_and_documentation(tmp_path):
     (tmp_path / "p.parquet").write_bytes(encode_part([row(width_px=7)]))
     schema = pq.read_schema(tmp_path / "p.parquet")
     assert schema.equals(SCHEMA)
-    assert schema.metadata[b"diffcolor.schema_version"] == b"2"
+    assert schema.metadata[b"diffcolor.schema_version"] == b"3"
     assert schema.field("width_px").metadata[b"unit"] == b"px"
 
 
@@ -139,25 +149,64 @@ def test_compaction_changes_no_row_and_deletes_only_what_an_earlier_one_replaced
     assert [len(rows) for rows in after] == [3, 5]
     assert compact(output) == Compaction(parts_before=3, parts_after=2, rows=5, deleted=2)
     assert everything(output) == after
-    assert compact(output).deleted == 1
+    assert compact(output).deleted == 3  # p3, and the two parts of the first compaction
     assert everything(output) == after
-    assert {key.split("/")[1].split("-")[1] for key, _ in output.list("manifest") if "compacted-" in key} == {
-        "000002",
-        "000003",
-    }
+    parts = list_parts(output)
+    assert {key.split("-")[1] for key in (*parts.latest, *parts.earlier)} == {"000003"}
+    assert {key.split("-")[1] for key in parts.replaced} == {"000002"}
+    assert parts.abandoned == ()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_of_compactions_at_once_one_moves_the_pointer(output, monkeypatch, again):
+    commit_part(output, "p1", [row(generation=1)])
+    commit_part(output, "p2", [row(image="b.png", generation=1)])
+    write = Store.write
+
+    def overtaken(self, key, data):
+        monkeypatch.setattr(Store, "write", write)
+        write(self, key, data)
+        compact(output)
+        commit_part(output, "p3", [row(image="c.png", generation=2)])
+        if again:  # deletes what the first replaced
+            compact(output)
+
+    monkeypatch.setattr(Store, "write", overtaken)
+    with pytest.raises(ManifestError, match="another compaction"):
+        compact(output)
+    assert query(output, "select image_key from results order by 1").fetchall() == [("a.png",), ("b.png",), ("c.png",)]
+    assert list_parts(output).abandoned == ()
+
+
+def test_a_compaction_that_was_killed_does_not_hinder_the_next(output, monkeypatch):
+    commit_part(output, "p1", [row(generation=1)])
+
+    def killed(self, key, data):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compact(output)
+    (left,) = list_parts(output).abandoned[:1]
+    before = everything(output)
+    compact(output)
+    compact(output)
+    assert everything(output) == before
+    assert not output.has(left)
 
 
 def test_a_part_that_comes_while_it_is_compacted_counts_once(output, monkeypatch):
     commit_part(output, "p1", [row(generation=1)])
-    write = Store.write
+    create = Store.create
 
-    def write_late(self, key, data):
-        if key == manifest.POINTER:
+    def create_late(self, key, data):
+        if POINTER.fullmatch(key):
             commit_part(output, "p2", [row(image="late.png", generation=1)])
-        write(self, key, data)
+        return create(self, key, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", write_late)
+        patch.setattr(Store, "create", create_late)
         compact(output)
     assert query(output, "select image_key from attempts order by all").fetchall() == [("a.png",), ("late.png",)]
 

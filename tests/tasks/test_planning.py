@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from diffcolor_core import preset
 from tasks.archive import CatalogError, CatalogRow, MissingImageError, MissingPromptError, variant_name
 from tasks.manifest import commit_part, compact
-from tasks.planning import RunConfig, open_plan
+from tasks.planning import RunConfig, open_plan, refuse_overlap
 from tasks.storage import Store
 from tests.tasks.test_manifest import row
 
@@ -160,23 +160,82 @@ def test_of_named_images_the_context_is_the_one_they_had(archive, output):
     assert planned(archive, output, catalog, whole_archive=False) == ([("0.png", ["green"], (1,))], {"ok": 1})
 
 
-def earlier_of(archive, output, catalog=RED_AND_BLUE):
-    with open_plan(archive, output, CONFIG, catalog) as plan:
+def earlier_of(archive, output, catalog=RED_AND_BLUE, **options):
+    with open_plan(archive, output, CONFIG, catalog, **options) as plan:
         (shard,) = plan.shards(10)
         (image,) = shard.images
-        return [None if e is None else (e["image_key"], e["input_sha256"], e["target_prompt"]) for e in image.earlier]
+        return [[(e["image_key"], e["input_sha256"], e["target_prompt"]) for e in rows] for rows in image.earlier]
 
 
 def test_a_touched_or_renamed_file_brings_its_earlier_rows_along(archive, output):
     commit(archive, output)
     os.utime(f"{archive.root}/0.png", ns=(1, 1))
-    assert earlier_of(archive, output) == [("0.png", "sha", "red"), ("0.png", "sha", "blue")]
+    assert earlier_of(archive, output) == [[("0.png", "sha", "red")], [("0.png", "sha", "blue")]]
     commit(archive, output, name="again", generation=2)
     os.rename(f"{archive.root}/0.png", f"{archive.root}/moved.png")
     catalog = [replace(r, image="moved.png") for r in RED_AND_BLUE]
-    assert earlier_of(archive, output, catalog) == [("0.png", "sha", "red"), ("0.png", "sha", "blue")]
+    assert earlier_of(archive, output, catalog) == [[("0.png", "sha", "red")], [("0.png", "sha", "blue")]]
     archive.write("moved.png", b"another")
-    assert earlier_of(archive, output, catalog) == [None, None]
+    assert earlier_of(archive, output, catalog) == [[], []]
+
+
+def test_settings_that_are_changed_back_bring_their_rows_along(archive, output):
+    commit(archive, output, generation=1)
+    commit(archive, output, name="q", config=replace(CONFIG, seed=1), generation=2)
+    assert planned(archive, output)[0] == [("0.png", ["red", "blue"], (1, 1))]
+    assert earlier_of(archive, output) == [[("0.png", "sha", "red")], [("0.png", "sha", "blue")]]
+    compact(output)
+    assert earlier_of(archive, output) == [[("0.png", "sha", "red")], [("0.png", "sha", "blue")]]
+
+
+def test_content_that_is_changed_back_brings_the_rows_of_both_contents_along(archive, output):
+    commit(archive, output, generation=1, input_sha256="one")
+    archive.write("0.png", b"changed")
+    commit(archive, output, name="q", generation=2, input_sha256="two")
+    archive.write("0.png", b"zero")
+    os.utime(f"{archive.root}/0.png", ns=(1, 1))
+    earlier = earlier_of(archive, output, RED_AND_BLUE[:1])
+    assert sorted(earlier[0]) == [("0.png", "one", "red"), ("0.png", "two", "red")]
+
+
+def test_files_with_one_token_bring_one_row_each_along(archive, output):
+    for name in ("1.png", "2.png", "3.png"):
+        archive.write(name, b"zero")
+        os.utime(f"{archive.root}/{name}", ns=(1, 1))
+    commit(archive, output, [CatalogRow(1, f"{number}.png", "c", "red") for number in (1, 2, 3)])
+    archive.write("4.png", b"zero")
+    os.utime(f"{archive.root}/4.png", ns=(1, 1))
+    earlier = earlier_of(archive, output, [CatalogRow(1, "4.png", "c", "red")], whole_archive=False)
+    assert earlier == [[("1.png", "sha", "red")]]
+
+
+def test_a_file_whose_name_is_not_unicode_is_planned_under_an_escaped_key(archive, output):
+    try:
+        with open(os.fsencode(archive.root) + b"/bad\xff.png", "wb"):
+            pass
+    except OSError:
+        pytest.skip("this disk has Unicode names only")
+    assert [key for key, *_ in planned(archive, output, prompt="c")[0]] == ["0.png", "bad\\udcff.png"]
+
+
+@pytest.mark.parametrize(
+    ("archive_url", "output_url"),
+    [
+        ("/a/in", "/a/in/out"),
+        ("/a/in", "/a/in"),
+        ("/a/out/scans", "/a/out"),
+        ("memory://x", "memory://x/out"),
+        ("/a/./in/", "file:///a/in/out"),
+    ],
+)
+def test_archive_and_output_in_one_another_are_refused(archive_url, output_url):
+    with pytest.raises(ValueError, match="one lies in the other"):
+        refuse_overlap(Store(archive_url), Store(output_url))
+
+
+@pytest.mark.parametrize("output_url", ["/a/in-out", "/a/out", "memory:///a/in/out"])
+def test_an_output_beside_the_archive_is_taken(output_url):
+    refuse_overlap(Store("/a/in"), Store(output_url))
 
 
 def test_a_shard_of_nothing_is_refused(archive, output):

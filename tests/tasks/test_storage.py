@@ -8,7 +8,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, strategies as st
 
 from tasks import storage
-from tasks.storage import InvalidKeyError, Store, check_key, slug
+from tasks.storage import InvalidKeyError, Store, UnsafeFileError, check_key, slug
 
 
 def test_write_read_list(store):
@@ -119,6 +119,96 @@ def test_keys_cannot_leave_the_root(tmp_path, key):
     for call in (store.read, store.uri, lambda k: store.write(k, b""), lambda k: store.create(k, b"")):
         with pytest.raises(InvalidKeyError):
             call(key)
+
+
+def test_a_name_that_is_not_unicode_is_listed_escaped(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this disk has Unicode names only")
+    store = Store(str(tmp_path))
+    ((key, _),) = store.list()
+    assert key == "bad\\udcff.png"
+    with pytest.raises(InvalidKeyError, match="rename the file"):
+        store.read(key)
+    with pytest.raises(InvalidKeyError):
+        store.read("bad\udcff.png")
+
+
+def test_links_do_not_lead_out_of_the_root(tmp_path):
+    elsewhere, store = tmp_path / "elsewhere", Store(str(tmp_path / "out"))
+    elsewhere.mkdir()
+    (elsewhere / "secret").write_bytes(b"secret")
+    store.write("here/a", b"a")
+    for name, target in (("images", elsewhere), ("link.png", elsewhere / "secret"), ("inside", f"{store.root}/here")):
+        os.symlink(target, f"{store.root}/{name}")
+    for call in (store.read, store.open, lambda k: store.write(k, b""), lambda k: store.create(k, b""), store.delete):
+        for key in ("link.png", "images/secret"):
+            with pytest.raises(UnsafeFileError, match="elsewhere"):
+                call(key)
+    assert os.listdir(elsewhere) == ["secret"]
+    assert (elsewhere / "secret").read_bytes() == b"secret"
+    assert store.read("inside/a") == b"a"
+    assert [key for key, _ in store.list()] == ["here/a", "images", "inside", "link.png"]
+
+
+def test_temporary_files_do_not_leave_the_root(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "out/.tmp")
+    with pytest.raises(UnsafeFileError):
+        Store(str(tmp_path / "out")).write("a", b"")
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    store = Store(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("nothing", tmp_path / "dangling")
+    os.symlink("loop", tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    os.symlink("folder", tmp_path / "to-folder")
+    assert [key for key, _ in store.list()] == ["dangling", "loop", "pipe", "to-folder"]
+    for key in ("dangling", "loop", "pipe", "to-folder", "folder"):
+        with pytest.raises(UnsafeFileError, match=key):
+            store.read(key)
+    with pytest.raises(FileNotFoundError):
+        store.read("nothing")
+
+
+def test_a_folder_is_listed_without_holding_it_in_memory(tmp_path, monkeypatch):
+    store, stats = Store(str(tmp_path)), []
+    for number in range(20):
+        store.write(f"{number}", b"")
+    info = storage._local_info
+    monkeypatch.setattr(storage, "_local_info", lambda entry: stats.append(entry.name) or info(entry))
+    next(store.walk())
+    assert len(stats) < 20
+
+
+def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    store.write("a", b"")
+    store.write("b", b"")
+    info = storage._local_info
+
+    def after_the_deletion(entry):
+        if entry.name == "a":
+            os.unlink(entry.path)
+        return info(entry)
+
+    monkeypatch.setattr(storage, "_local_info", after_the_deletion)
+    assert [key for key, _ in store.list()] == ["b"]
+
+
+def test_the_probes_of_dead_processes_are_swept():
+    store = Store("memory://swept")
+    assert store.sweep() == 0
+    for key in ("probe-old", "probe-new", "a"):
+        store.write(key, b"probe")
+    store.fs.store["/swept/probe-old"].modified -= storage.PROBE_LIFE * 2
+    store.fs.store["/swept/a"].modified -= storage.PROBE_LIFE * 2
+    assert store.sweep() == 1
+    assert [key for key, _ in store.list()] == ["a", "probe-new"]
 
 
 @given(st.text(max_size=200))

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 from datetime import UTC, datetime, timedelta
 
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ def output(request, store):
             stem = f"images/{number}"
             store.write(f"{stem}/target.png", data)
             store.write(f"{stem}/primary.png", b"primary")
+            primary_sha256 = hashlib.sha256(b"primary").hexdigest()
             rows.append(
                 row(
                     image=f"{number}.png",
@@ -31,12 +33,16 @@ def output(request, store):
                     output_uri=store.uri(f"{stem}/target.png"),
                     output_sha256=hashlib.sha256(data).hexdigest(),
                     primary_uri=store.uri(f"{stem}/primary.png"),
+                    primary_sha256=primary_sha256,
                 )
             )
         if part == 0:
             store.write("images/0/target.jpg", b"small")
-            store.write("fits/ab/abc/fit.json", b"{}")
+            tensors_sha256 = hashlib.sha256(b"tensors").hexdigest()
+            store.write("fits/ab/abc/fit.safetensors", b"tensors")
+            store.write("fits/ab/abc/fit.json", json.dumps({"tensors_sha256": tensors_sha256}).encode())
             rows[0] |= {"access_uri": store.uri("images/0/target.jpg"), "fit_uri": store.uri("fits/ab/abc")}
+            rows[0] |= {"access_sha256": hashlib.sha256(b"small").hexdigest()}
         commit_part(store, f"000001-{part}", rows)
     if request.param == "compacted":
         compact(store)
@@ -64,24 +70,111 @@ def test_a_deleted_image_is_found_and_queued_again(output, key):
     ]
 
 
-def test_a_flipped_byte_is_found_and_queued_again(output):
-    data = bytearray(output.read("images/2/target.png"))
+@pytest.mark.parametrize("key", ["images/2/target.png", "images/2/primary.png", "images/0/target.jpg"])
+def test_a_flipped_byte_is_found_and_queued_again(output, key):
+    data = bytearray(output.read(key))
     data[3] ^= 1
-    output.write("images/2/target.png", bytes(data))
+    output.write(key, bytes(data))
     assert found(output, read_files=False) == []
+    assert found(output) == [("changed", key)]
+    assert repair(output, list(verify(output))) == 1
+    assert output.read(f"damaged/{key}") == bytes(data)
+    assert found(output) == []  # the row is failed now: the next run makes the file anew
+
+
+def test_a_primary_that_a_later_run_has_written_is_checked_by_its_hash(output):
+    uri = output.uri("images/2/primary.png")
+    for generation, data in ((2, b"a later run's name"), (3, None)):
+        hashes = {} if data is None else {"primary_sha256": hashlib.sha256(data).hexdigest()}
+        picture = {
+            "output_uri": output.uri("images/2/target.png"),
+            "output_sha256": query(
+                output, "select output_sha256 from results where image_key = '2.png' limit 1"
+            ).fetchone()[0],
+        }
+        commit_part(
+            output,
+            f"p{generation}",
+            [row(image="2.png", variant=f"v{generation}", generation=generation, primary_uri=uri, **picture, **hashes)],
+        )
+        if data:
+            output.write("images/2/primary.png", data)
+    assert found(output) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "kind"),
+    [
+        ("fits/ab/abc/fit.json", None, "missing fit"),
+        ("fits/ab/abc/fit.safetensors", None, "missing fit"),
+        ("fits/ab/abc/fit.safetensors", b"tensorz", "damaged fit"),
+        ("fits/ab/abc/fit.json", b"{", "damaged fit"),
+    ],
+)
+def test_a_fit_that_is_not_whole_is_found_and_given_up(output, key, data, kind):
+    output.delete(key) if data is None else output.write(key, data)
+    assert [f.kind for f in verify(output)] == [kind]
+    assert repair(output, list(verify(output))) == 0
+    assert found(output) == []
+    assert [key for key, _ in output.list("fits")] == ["fits/ab/abc/expired"]
+
+
+def test_a_store_in_trouble_is_not_a_damaged_part(output, monkeypatch):
+    read, troubled = Store.read, []
+
+    def read_with_trouble(self, key, **options):
+        if key.endswith(".parquet"):
+            troubled.append(key)
+            raise OSError("503 Slow Down")
+        return read(self, key, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "read", read_with_trouble)
+        with pytest.raises(OSError, match="Slow Down"):
+            list(verify(output))
+    assert troubled
+
+
+def test_a_part_that_a_compaction_deletes_meanwhile_is_not_damaged(output, monkeypatch):
+    read = Store.read
+
+    def overtaken(self, key, **options):
+        if key.endswith(".parquet"):
+            monkeypatch.setattr(Store, "read", read)
+            compact(self)
+            compact(self)
+        return read(self, key, **options)
+
+    monkeypatch.setattr(Store, "read", overtaken)
+    assert found(output) == []
+
+
+def test_a_part_that_the_pointer_names_but_is_gone_is_found_and_forgotten(output):
+    compact(output)
+    (key,) = list_parts(output).latest
+    output.delete(key)
+    assert ("damaged part", key) in found(output)
+    repair(output, list(verify(output)))
+    assert list_parts(output).latest == ()
+
+
+def test_a_link_out_of_the_output_is_a_finding(output, tmp_path):
+    if not output.is_local:
+        pytest.skip("only a local disk has links")
+    (tmp_path / "elsewhere").write_bytes(b"picture 2")
+    output.delete("images/2/target.png")
+    (tmp_path / "it's out/images/2/target.png").symlink_to(tmp_path / "elsewhere")
     assert found(output) == [("changed", "images/2/target.png")]
     assert repair(output, list(verify(output))) == 1
 
 
 def test_an_extra_file_is_found_and_left(output):
     output.write("images/9/target.png", b"whose?")
-    output.write("fits/cd/cde/fit.json", b"{}")
-    output.write("letter.txt", b"hello")
-    assert found(output) == [
-        ("extra", "fits/cd/cde/fit.json"),
-        ("extra", "images/9/target.png"),
-        ("extra", "letter.txt"),
-    ]
+    extra = ["fits/ab/abc/notes", "fits/cd/cde/fit.json", "images/9/target.png", "letter.txt", "manifest/notes"]
+    extra += ["manifest/sub/x.parquet", "runs/notes"]
+    for key in (*extra, "letter.txt"):
+        output.write(key, b"hello")
+    assert found(output) == [("extra", key) for key in extra]
     assert repair(output, list(verify(output))) == 0
     assert output.has("letter.txt")
 
@@ -153,5 +246,5 @@ def test_fits_expire_by_their_last_use(tmp_path):
         values = {"finished_at": now - timedelta(days=days), "fit_uri": store.uri(f"fits/{name}/x"), "fit_bytes": 5}
         commit_part(store, name, [row(image=name, generation=1, **values)])
     assert expire_fits(store, 90).num_bytes == 5
-    assert [key for key, _ in store.list("fits")] == ["fits/new/x/fit.json"]
+    assert [key for key, _ in store.list("fits")] == ["fits/new/x/fit.json", "fits/old/x/expired"]
     assert expire_fits(store, 90).num_fits == 0
