@@ -40,6 +40,7 @@ def make_archive(folder: Path, num_images: int) -> None:
 def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -> dict[str, float]:
     """One run through the flow."""
     os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", SECONDS: str(seconds)}
+    os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     from flows.colorize_archive import colorize_archive
     from tasks import actors
 

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from diffcolor_core import DiffColor, Scan
-from tasks.colorize import ImageWorker, Row, base_row
+from tasks.colorize import ImageWorker
 from tasks.planning import PlannedImage, RunConfig
+from tasks.rows import Row, base_row
 
 SECONDS = "DIFFCOLOR_SLEEP_SECONDS"
 

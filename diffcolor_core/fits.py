@@ -83,7 +83,14 @@ class Fit:
         return self.assemble(self.primary)
 
     def save(self, url: str, *, with_scan: bool = True) -> None:
-        """Write the fit to the folder `url` (any fsspec URL): fit.safetensors, then fit.json.
+        """Write the fit to the folder `url` (any fsspec URL): its `files`, one after the other."""
+        fs, folder = fsspec.core.url_to_fs(url)
+        fs.makedirs(folder, exist_ok=True)
+        for name, data in self.files(with_scan=with_scan).items():
+            fs.pipe_file(f"{folder}/{name}", data)
+
+    def files(self, *, with_scan: bool = True) -> dict[str, bytes]:
+        """The fit as files, in the order to write them: fit.safetensors, then fit.json, which makes it whole.
 
         With adapters this is a few megabytes at Stable Diffusion's size, with full weights all of the
         UNet. with_scan: keep the scan's own L* (4 bytes a pixel) beside it; without, `load_fit` wants
@@ -112,10 +119,7 @@ class Fit:
             "stage1_seconds": self.stage1_seconds,
             "stage2_seconds": self.stage2_seconds,
         }
-        fs, folder = fsspec.core.url_to_fs(url)
-        fs.makedirs(folder, exist_ok=True)
-        fs.pipe_file(f"{folder}/{_TENSORS}", data)
-        fs.pipe_file(f"{folder}/{_RECORD}", (json.dumps(record, indent=1) + "\n").encode())
+        return {_TENSORS: data, _RECORD: (json.dumps(record, indent=1) + "\n").encode()}
 
 
 def scan_sha256(scan: Scan) -> str:

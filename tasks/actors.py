@@ -15,9 +15,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from tasks.colorize import ImageWorker, Row, error_rows
+from tasks.colorize import ImageWorker
 from tasks.local_ray import local_ray
 from tasks.planning import PlannedImage, RunConfig
+from tasks.rows import Row, error_rows
 
 logger = logging.getLogger(__name__)
 MAX_NODE_LOSSES = 20

@@ -8,18 +8,17 @@ import socket
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
-from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, __version__, read_scan
+from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, read_scan
 from diffcolor_core.fits import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.planning import PlannedImage, RunConfig
+from tasks.rows import Row, base_row, error_rows
 from tasks.storage import InvalidKeyError, OversizeError, Store, UnsafeFileError, slug
 from tasks.verify import FILES, FIT_FILES, key_of, sha256_of
 
-Row = dict[str, Any]
 MAX_FILE_BYTES = 4 * 2**30
 """Of an image file: four times what the largest picture that is read holds in 16 bits."""
 
@@ -46,11 +45,12 @@ class ImageWorker:
 
         return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
-    def colorize(self, planned: PlannedImage) -> list[Row]:
+    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         """One row per variant. What is wrong with the image or its prompts is a row; a broken machine raises.
 
         Work that was done before on the same bytes under another name or date is adopted, not done
-        again. Where memory runs out, a smaller working size is tried once, and recorded.
+        again. Where memory runs out, a smaller working size is tried once, and recorded; at once if
+        `smaller_because` says why.
         """
         started_at = datetime.now(UTC)
         try:
@@ -71,14 +71,17 @@ class ImageWorker:
                 "input_mode": scan.mode,
                 "pages_left_out": scan.num_pages - 1,
             }
-            try:
-                return adopted + self._colorize(planned, scan, self.pipe, shared)
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0][:200]
+            if smaller_because is None:
+                try:
+                    return adopted + self._colorize(planned, scan, self.pipe, shared)
+                except (RuntimeError, MemoryError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    smaller_because = str(error).partition("\n")[0]
             smaller = smaller_pipe(self.pipe)
-            shared["fallback"] = f"working size {smaller.settings.working_size_px} px, batch size 1: {reason}"
+            shared["fallback"] = (
+                f"working size {smaller.settings.working_size_px} px, batch size 1: {smaller_because[:200]}"
+            )
             return adopted + self._colorize(planned, scan, smaller, shared)
         except ValueError as error:  # an unreadable image, a prompt that cannot be used
             return adopted + error_rows(self.config, planned, "quarantined", error, shared)
@@ -148,17 +151,10 @@ class ImageWorker:
             fit, reused = self.output.patiently(lambda: pipe.load_fit(url, scan)), True
         except FitError:  # none yet, or one that a crash left half written
             fit, reused = pipe.fit(scan, context_prompt, seed=self.config.seed), False
-            self._keep(fit, folder)
+            for name, data in fit.files(with_scan=False).items():
+                self.output.write(f"{folder}/{name}", data)
         size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
         return fit, {"fit_uri": url, "fit_bytes": size, "fit_reused": reused}
-
-    def _keep(self, fit: Fit, folder: str) -> None:
-        """Save a fit by way of memory: the store tries again, and puts whole files, below its root."""
-        memory = Store("memory://fit")
-        fit.save(memory.url, with_scan=False)
-        for name in FIT_FILES:
-            self.output.write(f"{folder}/{name}", memory.read(name))
-            memory.delete(name)
 
     def _digest(self, context_prompt: str | None, target_prompt: str | None) -> str:
         return self.config.config_sha256(context_prompt, target_prompt)[:12]
@@ -201,43 +197,6 @@ class ImageWorker:
                 "finished_at": datetime.now(UTC),
             }
         )
-
-
-def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
-    """What a row of this variant holds whatever becomes of it."""
-    work, variant = planned.work, planned.work.variants[index]
-    now = datetime.now(UTC)
-    return {
-        "run_id": config.run_id,
-        "image_key": work.image_key,
-        "variant": variant.name,
-        "attempt": planned.attempts[index],
-        "input_uri": f"{config.archive.rstrip('/')}/{work.image_key}",
-        "input_version": work.version,
-        "context_prompt": work.context_prompt,
-        "target_prompt": variant.target_prompt,
-        "model_id": config.model_id,
-        "model_revision": config.model_revision,
-        "config_sha256": config.config_sha256(work.context_prompt, variant.target_prompt),
-        "seed": config.seed,
-        "started_at": now,
-        "finished_at": now,
-        "software_version": __version__,
-        "generation": config.generation,
-    }
-
-
-def error_rows(
-    config: RunConfig, planned: PlannedImage, status: str, error: BaseException, shared: Row | None = None
-) -> list[Row]:
-    """A row per variant of an image that could not be coloured."""
-    what = {
-        "status": status,
-        "error_class": type(error).__name__,
-        "error_message": str(error)[:2000],
-        "finished_at": datetime.now(UTC),
-    }
-    return [base_row(config, planned, i) | (shared or {}) | what for i in range(len(planned.attempts))]
 
 
 def smaller_pipe(pipe: DiffColor) -> DiffColor:

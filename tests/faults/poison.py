@@ -6,8 +6,9 @@ import threading
 
 import psutil
 
-from tasks.colorize import ImageWorker, Row
+from tasks.colorize import ImageWorker
 from tasks.planning import PlannedImage
+from tasks.rows import Row
 
 HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from diffcolor_core import Fit
 from tasks import colorize
-from tasks.colorize import ImageWorker, Row
+from tasks.colorize import ImageWorker
 from tasks.planning import PlannedImage, RunConfig
+from tasks.rows import Row
 
 
 class DeadlyWorker(ImageWorker):

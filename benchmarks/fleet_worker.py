@@ -1,0 +1,43 @@
+"""A worker that sleeps and writes, without torch: dozens of its processes fit into a small machine."""
+
+import hashlib
+import time
+from datetime import UTC, datetime
+
+import ray
+
+from tasks.planning import PlannedImage, RunConfig
+from tasks.rows import Row, base_row
+from tasks.storage import Store
+
+SLEEP_SECONDS = 5.0
+PICTURE = b"what an image would be"
+
+
+class FleetWorker:
+    """In the place of `tasks.colorize.ImageWorker`."""
+
+    def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
+        self.config, self.output = config, Store(config.output)
+
+    def ready(self) -> str:
+        """The Ray node's id."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
+        """A file and a row for each variant, after a sleep."""
+        started_at = datetime.now(UTC)
+        time.sleep(SLEEP_SECONDS)
+        rows = []
+        for index, variant in enumerate(planned.work.variants):
+            key = f"images/{planned.work.image_key}/{variant.name}.png"
+            self.output.write(key, PICTURE)
+            columns = {
+                "status": "ok",
+                "started_at": started_at,
+                "finished_at": datetime.now(UTC),
+                "output_uri": self.output.uri(key),
+                "output_sha256": hashlib.sha256(PICTURE).hexdigest(),
+            }
+            rows.append(base_row(self.config, planned, index) | columns)
+        return rows

@@ -1,0 +1,46 @@
+"""What a manifest row holds of an image whatever becomes of it."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from diffcolor_core import __version__
+from tasks.planning import PlannedImage, RunConfig
+
+Row = dict[str, Any]
+
+
+def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
+    """What a row of this variant holds whatever becomes of it."""
+    work, variant = planned.work, planned.work.variants[index]
+    now = datetime.now(UTC)
+    return {
+        "run_id": config.run_id,
+        "image_key": work.image_key,
+        "variant": variant.name,
+        "attempt": planned.attempts[index],
+        "input_uri": f"{config.archive.rstrip('/')}/{work.image_key}",
+        "input_version": work.version,
+        "context_prompt": work.context_prompt,
+        "target_prompt": variant.target_prompt,
+        "model_id": config.model_id,
+        "model_revision": config.model_revision,
+        "config_sha256": config.config_sha256(work.context_prompt, variant.target_prompt),
+        "seed": config.seed,
+        "started_at": now,
+        "finished_at": now,
+        "software_version": __version__,
+        "generation": config.generation,
+    }
+
+
+def error_rows(
+    config: RunConfig, planned: PlannedImage, status: str, error: BaseException, shared: Row | None = None
+) -> list[Row]:
+    """A row per variant of an image that could not be coloured."""
+    what = {
+        "status": status,
+        "error_class": type(error).__name__,
+        "error_message": str(error)[:2000],
+        "finished_at": datetime.now(UTC),
+    }
+    return [base_row(config, planned, i) | (shared or {}) | what for i in range(len(planned.attempts))]
