@@ -3,8 +3,8 @@
 python -m benchmarks.fleet --json benchmarks/results/scale.json
 
 One run of the real flow. The nodes are Ray nodes of this one machine and join one by one: its cores bound
-how fast their processes start. Asserts that every image is done exactly
-once and none is blamed for the loss of its node. Draws docs/fleet.png.
+how fast their processes start. Asserts that every image is done exactly once and none is blamed for the
+loss of its node. Draws docs/fleet.png.
 """
 
 import os

@@ -4,8 +4,6 @@ import hashlib
 import time
 from datetime import UTC, datetime
 
-import ray
-
 from tasks.planning import PlannedImage, RunConfig
 from tasks.rows import Row, base_row
 from tasks.storage import Store
@@ -22,6 +20,8 @@ class FleetWorker:
 
     def ready(self) -> str:
         """The Ray node's id."""
+        import ray
+
         return str(ray.get_runtime_context().get_node_id())
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:

@@ -70,14 +70,14 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
 
 
 def main(
-    images: Annotated[int, typer.Option(help="For the run without sleep; the other has a fifth.")] = 2000,
+    images: Annotated[int, typer.Option(help="Of each run.")] = 2000,
     actors: Annotated[int, typer.Option(help="Of the run that sleeps one second.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
 ) -> None:
     """Sleep 0 s on two actors, then 1 s on several, each run in a process of its own."""
     figures = []
     fresh = multiprocessing.get_context("spawn")
-    for arguments in ((images, 0.0, 2, 32), (images // 5, 1.0, actors, 10)):
+    for arguments in ((images, 0.0, 2, 32), (images, 1.0, actors, 32)):
         with fresh.Pool(1) as pool:
             figures.append(pool.apply(measure, arguments))
         print(figures[-1], flush=True)
