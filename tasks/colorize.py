@@ -122,8 +122,9 @@ class ImageWorker:
         primary_stem = f"{folder}/primary-{self._digest(context, None)}"
         primary_key = f"{primary_stem}{SUFFIX[self.config.image_format]}"
         shared["primary_uri"] = self.output.uri(primary_key)
-        if any(v.target_prompt is None for v in planned.work.variants) or not self.output.has(primary_key):
-            primary = self._write(primary_stem, fit.primary_picture, fit, context or "")
+        asked = any(variant.target_prompt is None for variant in planned.work.variants)
+        if asked or not self.output.has(primary_key):
+            primary = self._write(primary_stem, fit.primary_picture, fit, context or "", with_access_copy=asked)
             shared["primary_sha256"] = primary["output_sha256"]
         fit_seconds = time.perf_counter() - start
 
@@ -159,14 +160,14 @@ class ImageWorker:
     def _digest(self, context_prompt: str | None, target_prompt: str | None) -> str:
         return self.config.config_sha256(context_prompt, target_prompt)[:12]
 
-    def _write(self, stem: str, picture: Picture, fit: Fit, prompt: str) -> Row:
-        """Write a picture and its access copy; where they are, as columns."""
+    def _write(self, stem: str, picture: Picture, fit: Fit, prompt: str, *, with_access_copy: bool = True) -> Row:
+        """Write a picture and, if a row will name it, its access copy; where they are, as columns."""
         assert fit.scan is not None  # it was fitted here
         provenance = fit.provenance(prompt, self.config.run_id)
         columns: Row = {}
         formats: tuple[tuple[str, ImageFormat | None], ...] = (
             ("output", self.config.image_format),
-            ("access", self.config.access_copy),
+            ("access", self.config.access_copy if with_access_copy else None),
         )
         for file, image_format in formats:
             if image_format is None:

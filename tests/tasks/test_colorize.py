@@ -1,0 +1,139 @@
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from diffcolor_core import Settings
+from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
+from tasks.archive import CatalogRow
+from tasks.colorize import ImageWorker
+from tasks.manifest import commit_part, query
+from tasks.planning import RunConfig, open_plan
+from tasks.storage import Store
+from tasks.verify import verify
+from tests.conftest import gray_picture
+
+QUICK = Settings(
+    stage1=Stage1Settings(num_steps=1, learning_rate=1e-3),
+    stage2=Stage2Settings(embedding_steps=1, model_steps=1),
+    sampling=SamplingSettings(num_steps=2),
+)
+RED = [CatalogRow(1, "a.png", "a ball", "a red ball")]
+
+
+@pytest.fixture
+def config(tmp_path, tiny_folder):
+    from diffcolor_core.models import identify
+
+    model_id, model_revision = identify(str(tiny_folder))
+    (tmp_path / "in").mkdir()
+    Image.fromarray(gray_picture()).save(tmp_path / "in/a.png")
+    return RunConfig(
+        **{"run_id": "r", "archive": str(tmp_path / "in"), "output": str(tmp_path / "out"), "preset": "demo"},
+        **{"model": str(tiny_folder), "model_id": model_id, "model_revision": model_revision, "settings": QUICK},
+        **{"seed": 0, "device": "cpu", "access_copy": "jpeg"},
+    )
+
+
+def run(config, catalog=RED, **options):
+    """Plan, colour and commit as the flow does, in this process; the rows."""
+    output = Store(config.output)
+    with open_plan(Store(config.archive), output, config, catalog, **options) as plan:
+        images = [image for shard in plan.shards(10) for image in shard.images]
+    worker = ImageWorker(config)
+    rows = [row for image in images for row in worker.colorize(image)]
+    if rows:
+        commit_part(output, f"{config.generation:06d}", rows)
+    return rows
+
+
+def test_settings_changed_back_are_adopted_and_not_computed_again(config):
+    (first,) = run(replace(config, generation=1))
+    run(replace(config, generation=2, seed=1))
+    (third,) = run(replace(config, generation=3))
+    assert (third["status"], third["adopted_from"], third["output_uri"]) == ("ok", "a.png", first["output_uri"])
+    assert list(verify(Store(config.output))) == []
+    assert run(replace(config, generation=4)) == []
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_row_whose_picture_is_not_there_any_more_is_not_adopted(config, damage):
+    (first,) = run(replace(config, generation=1))
+    run(replace(config, generation=2, seed=1))
+    if damage == "missing":
+        os.unlink(first["output_uri"])
+    else:
+        with open(first["output_uri"], "ab") as file:
+            file.write(b"x")
+    (third,) = run(replace(config, generation=3))
+    assert (third["status"], third.get("adopted_from")) == ("ok", None)
+    assert list(verify(Store(config.output))) == []
+
+
+def test_every_file_of_a_row_has_its_hash(config):
+    (row,) = run(replace(config, generation=1))
+    for file in ("output", "access", "primary"):
+        assert row[f"{file}_sha256"] == hashlib.sha256(Path(row[f"{file}_uri"]).read_bytes()).hexdigest()
+    # A later run that adds a colour leaves the primary, one that adds the primary writes it anew.
+    run(replace(config, generation=2), [*RED, CatalogRow(2, "a.png", "a ball", "a blue ball")])
+    run(replace(config, generation=3, run_id="r3"), [*RED, CatalogRow(2, "a.png", "a ball", None)])
+    assert query(Store(config.output), "select count(*) from results").fetchall() == [(3,)]
+    assert list(verify(Store(config.output))) == []
+    with open(row["primary_uri"], "ab") as file:
+        file.write(b"x")
+    assert {finding.kind for finding in verify(Store(config.output))} == {"changed"}
+
+
+def test_files_that_cannot_be_read_are_quarantined_with_the_reason(config, tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    os.symlink(tmp_path / "secret.png", tmp_path / "in/link.png")
+    os.symlink(tmp_path, tmp_path / "in/folder")
+    os.symlink("nothing", tmp_path / "in/dangling.png")
+    os.mkfifo(tmp_path / "in/pipe.png")
+    (tmp_path / "in/back\\slash.png").write_bytes(b"x")
+    rows = run(replace(config, generation=1), [], prompt="a ball", limit=10)
+    found = {row["image_key"]: (row["status"], row.get("error_class")) for row in rows}
+    assert found.pop("a.png") == ("ok", None)
+    assert found.pop("back\\slash.png") == ("quarantined", "InvalidKeyError")
+    assert found == dict.fromkeys(
+        ["dangling.png", "folder", "link.png", "pipe.png"], ("quarantined", "UnsafeFileError")
+    )
+
+
+def test_an_output_that_leads_elsewhere_is_the_machines_fault(config, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "out/images")
+    with pytest.raises(PermissionError, match="elsewhere"):  # a failed row, tried again by the next run
+        run(replace(config, generation=1))
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_keeping_and_loading_a_fit_outlasts_a_passing_trouble(config, tmp_path, monkeypatch):
+    config = replace(config, output=f"memory://{tmp_path}/out")
+    troubled_once = set()
+
+    def troubled(name):
+        method = getattr(MemoryFileSystem, name)
+
+        def call(self, path, *arguments, **options):
+            if "out/fits/" in path and (name, path) not in troubled_once:
+                troubled_once.add((name, path))
+                raise OSError("503 Slow Down")
+            return method(self, path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", troubled("pipe_file"))
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", troubled("cat_file"))
+    (first,) = run(replace(config, generation=1))
+    assert first["fit_reused"] is False
+    fit = Store(first["fit_uri"])
+    assert first["fit_bytes"] == sum(fit.size(name) for name, _ in fit.list())
+    (second,) = run(replace(config, generation=2), [CatalogRow(1, "a.png", "a ball", "a blue ball")])
+    assert len(troubled_once) == 4  # two files, written and read
+    assert (second["fit_reused"], second["fit_bytes"]) == (True, first["fit_bytes"])
