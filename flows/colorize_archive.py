@@ -23,7 +23,7 @@ from tasks.actors import ActorPool, RunStoppedError, colorize_on, ray_actors
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
 from tasks.lease import Lease, hold_output
 from tasks.manifest import commit_part
-from tasks.planning import RunConfig, Shard, open_plan, refuse_overlap
+from tasks.planning import RunConfig, Shard, open_plan, output_below
 from tasks.progress import RunProgress
 from tasks.storage import Store
 
@@ -180,7 +180,7 @@ def colorize_archive(
     source, target = Store(archive), Store(output)
     if not source.exists():
         raise FileNotFoundError(f"there is no archive at {archive!r}")
-    refuse_overlap(source, target)
+    output_below(source, target)  # before anything is written
     rows = read_catalog(source, catalog, required=COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS)
     with hold_output(target, config.record() | {"flow_run_id": flow_run.id}) as lease:
         config = replace(config, generation=lease.generation)

@@ -103,17 +103,19 @@ class Shard:
     images: tuple[PlannedImage, ...]
 
 
-def refuse_overlap(archive: Store, output: Store) -> None:
-    """Raise ValueError if one of the two folders lies in the other: a run would take its own pictures for scans."""
+def output_below(archive: Store, output: Store) -> str | None:
+    """Where in the archive the output lies, as in "out/": what is below are no scans. None if it lies elsewhere.
+
+    Raises ValueError if the archive lies in the output, or is the same folder.
+    """
     if type(archive.fs) is not type(output.fs):
-        return
-    roots = [os.path.realpath(s.root) if s.is_local else s.root for s in (archive, output)]
-    inner, outer = sorted(roots, key=len, reverse=True)
-    if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
+        return None
+    inner, outer = (f"{os.path.realpath(s.root) if s.is_local else s.root}/" for s in (output, archive))
+    if outer.startswith(inner):
         raise ValueError(
-            f"of archive {archive.url!r} and output {output.url!r} one lies in the other: its pictures would be taken "
-            "for scans. Name an output beside the archive"
+            f"the archive {archive.url!r} lies in the output {output.url!r}: name an output beside or below the archive"
         )
+    return inner[len(outer) :] if inner.startswith(outer) else None
 
 
 class Plan:
@@ -183,7 +185,9 @@ def open_plan(
     with tempfile.TemporaryDirectory(prefix="diffcolor-plan-") as folder:
         database = duckdb.connect(f"{folder}/plan.duckdb", config={"memory_limit": "200MB", "threads": 2})
         database.execute("create table files (key varchar, version varchar)")
-        _insert(database, "files", (entry for entry in archive.walk() if is_image_key(entry[0])))
+        own = output_below(archive, output)
+        files = (f for f in archive.walk() if is_image_key(f[0]) and not (own and f[0].startswith(own)))
+        _insert(database, "files", files)
         database.execute("create table catalog (number bigint, image varchar, context varchar, target varchar)")
         rows = catalog or ()
         _insert(database, "catalog", ((r.number, r.image, r.context_prompt, r.target_prompt) for r in rows))

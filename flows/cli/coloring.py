@@ -157,6 +157,7 @@ def run(
     from diffcolor_core.models import identify
     from flows.colorize_archive import colorize_archive
     from tasks.archive import read_catalog
+    from tasks.planning import output_below
     from tasks.storage import Store
 
     try:
@@ -165,6 +166,7 @@ def run(
         identify(model)
         if not Store(archive).exists():
             raise FileNotFoundError(f"there is no archive at {archive!r}")
+        output_below(Store(archive), Store(output))
         for _ in read_catalog(Store(archive), catalog) or ():
             pass
     except (ValueError, OSError) as error:

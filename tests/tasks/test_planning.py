@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from diffcolor_core import preset
 from tasks.archive import CatalogError, CatalogRow, MissingImageError, MissingPromptError, variant_name
 from tasks.manifest import commit_part, compact
-from tasks.planning import RunConfig, open_plan, refuse_overlap
+from tasks.planning import RunConfig, open_plan, output_below
 from tasks.storage import Store
 from tests.tasks.test_manifest import row
 
@@ -218,24 +218,23 @@ def test_a_file_whose_name_is_not_unicode_is_planned_under_an_escaped_key(archiv
     assert [key for key, *_ in planned(archive, output, prompt="c")[0]] == ["0.png", "bad\\udcff.png"]
 
 
-@pytest.mark.parametrize(
-    ("archive_url", "output_url"),
-    [
-        ("/a/in", "/a/in/out"),
-        ("/a/in", "/a/in"),
-        ("/a/out/scans", "/a/out"),
-        ("memory://x", "memory://x/out"),
-        ("/a/./in/", "file:///a/in/out"),
-    ],
-)
-def test_archive_and_output_in_one_another_are_refused(archive_url, output_url):
-    with pytest.raises(ValueError, match="one lies in the other"):
-        refuse_overlap(Store(archive_url), Store(output_url))
+@pytest.mark.parametrize("urls", [("/a/in", "/a"), ("/a/in", "/a/in"), ("memory://a/in", "memory://a")])
+def test_an_archive_in_its_output_is_refused(urls):
+    with pytest.raises(ValueError, match="lies in the output"):
+        output_below(*map(Store, urls))
 
 
 @pytest.mark.parametrize("output_url", ["/a/in-out", "/a/out", "memory:///a/in/out"])
-def test_an_output_beside_the_archive_is_taken(output_url):
-    refuse_overlap(Store("/a/in"), Store(output_url))
+def test_an_output_beside_the_archive_is_not_below_it(output_url):
+    assert output_below(Store("/a/in"), Store(output_url)) is None
+
+
+def test_the_pictures_of_an_output_below_the_archive_are_no_scans(archive):
+    output = Store(f"{archive.url}/colored/now")
+    output.write("images/1.png", b"a picture")
+    archive.write("colored/2.png", b"a scan")
+    work, _ = planned(archive, output, None, prompt="a ball")
+    assert [image for image, _, _ in work] == ["0.png", "colored/2.png"]
 
 
 def test_a_shard_of_nothing_is_refused(archive, output):
