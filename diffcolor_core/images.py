@@ -384,7 +384,7 @@ def _decode_deep_tiff(data: bytes) -> _Decoded | None:
     assert isinstance(page, tifffile.TiffPage)
     if page.photometric not in (0, 1, 2) or (page.bitspersample <= 8 and page.sampleformat in _UNSIGNED):
         return None
-    _check_size(page.imagewidth, page.imagelength)
+    _check_size(int(page.imagewidth), int(page.imagelength))  # a damaged tag is a tuple, maybe of millions
     num_pages = _check_pages(_num_tiff_pages(data))
     exif = _tiff_exif(data, file, page)
     deep = _tiff_samples(page)

@@ -292,6 +292,17 @@ def test_a_deep_tiff_without_all_its_data_is_refused(compression):
         read_scan(whole[:place] + bytes(size) + whole[place + size :])
 
 
+def test_a_deep_tiff_of_several_widths_is_refused_at_once():
+    """Its length times a tuple of widths would fill the memory."""
+    data = bytearray(tiff(RAMP16, metadata=None))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        width, length = (file.pages[0].tags[tag].offset for tag in (256, 257))
+    struct.pack_into("<HHII", data, width, 256, 4, 16, 8)
+    struct.pack_into("<HHII", data, length, 257, 4, 1, 10_000_000)
+    with pytest.raises(UnreadableImageError, match="tuple"):
+        read_scan(bytes(data))
+
+
 def test_a_list_of_pages_beyond_the_limit_is_refused_at_once():
     page = tiff(RAMP8[:2, :2], metadata=None)
 
