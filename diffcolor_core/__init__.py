@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from diffcolor_core.color_terms import ColorReport
     from diffcolor_core.colorizer import DiffColor, Result
     from diffcolor_core.config import PRESETS, Settings, preset
+    from diffcolor_core.decoding import UnreadableImageError
     from diffcolor_core.fits import Fit, FitError
-    from diffcolor_core.images import Picture, Scan, UnreadableImageError, read_picture, read_scan
+    from diffcolor_core.images import Picture, Scan, read_picture, read_scan
 
 _MODULES = {
     "color_terms": ("ColorReport",),
     "colorizer": ("DiffColor", "Result"),
     "config": ("PRESETS", "Settings", "preset"),
+    "decoding": ("UnreadableImageError",),
     "fits": ("Fit", "FitError"),
-    "images": ("Picture", "Scan", "UnreadableImageError", "read_picture", "read_scan"),
+    "images": ("Picture", "Scan", "read_picture", "read_scan"),
 }
 
 __all__ = [

@@ -19,7 +19,8 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageCms
 
-from diffcolor_core.images import Picture, SourceMetadata
+from diffcolor_core.decoding import SourceMetadata
+from diffcolor_core.images import Picture
 
 ImageFormat = Literal["png", "tiff", "jpeg", "webp"]
 SUFFIX: dict[str, str] = {"png": ".png", "tiff": ".tif", "jpeg": ".jpg", "webp": ".webp"}

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from diffcolor_core.color import lightness
-from diffcolor_core.images import Picture, Scan, strips
+from diffcolor_core.decoding import strips
+from diffcolor_core.images import Picture, Scan
 
 
 def colorfulness(picture: Picture) -> float:

@@ -17,7 +17,8 @@ from PIL import Image, ImageCms
 
 from diffcolor_core import DiffColor, images, metrics
 from diffcolor_core.color import lightness
-from diffcolor_core.images import Picture, Scan, UnreadableImageError, assemble, read_scan
+from diffcolor_core.decoding import UnreadableImageError
+from diffcolor_core.images import Picture, Scan, assemble, read_scan
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **kwargs) -> bytes:
@@ -441,7 +442,7 @@ def test_strips_do_not_show(monkeypatch):
     scan = Scan(torch.rand(1, 60, 50, generator=torch.Generator().manual_seed(0)) * 100, None, 16, "L")
     chroma = torch.randn(2, 12, 10, generator=torch.Generator().manual_seed(1)) * 20
     whole = assemble(scan, chroma).pixels
-    monkeypatch.setattr(images, "STRIP_PIXELS", 150)
+    monkeypatch.setattr(decoding, "STRIP_PIXELS", 150)
     assert np.abs(assemble(scan, chroma).pixels.astype(int) - whole).max() <= 1
 
 

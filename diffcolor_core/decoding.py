@@ -1,0 +1,431 @@
+"""Files of any kind to samples: decoding with limits, at the file's own depth.
+
+Pillow decodes samples of 8 bits; deeper ones, which it would reduce, wrap or refuse, are read by tifffile
+(TIFF) and imagecodecs (PNG, JPEG 2000). Whatever a decoder raises, the caller sees `UnreadableImageError`.
+"""
+
+import io
+import logging
+import math
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")  # JPEG includes MPO
+_KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # description, make, model, software, date, artist, copyright
+_UNSIGNED, _SIGNED, _FLOAT = (1, 4), 2, 3  # TIFF's SampleFormat; 4, "undefined", is read as unsigned
+MAX_PIXELS = 178_956_970  # Pillow's own error limit: larger pictures are refused as decompression bombs
+MAX_SIDE_PX = 1_000_000  # libpng's limit: the result of a longer scan could not be written
+MAX_PAGES = 1_000  # frames or pages of a file; a list of millions is an attack
+STRIP_PIXELS = 2_000_000  # full-size work goes through in strips of about this many pixels
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged file's row says what matters of it, once
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no picture we can read: broken, a bomb, of another type. Never a fault of the machine."""
+
+
+@dataclass(frozen=True)
+class SourceMetadata:
+    """What an input file says of itself, to be kept: EXIF (upright, without its thumbnail) and XMP, as bytes."""
+
+    exif: bytes | None = None
+    xmp: bytes | None = None
+
+
+class Decoded(NamedTuple):
+    """Samples [H, W, 1 to 4] (gray, gray + alpha, RGB, RGBA) as uint8 or uint16, and what is known of them."""
+
+    samples: np.ndarray
+    maximum: int
+    mode: str
+    metadata: SourceMetadata
+    num_pages: int
+
+
+def decode(data: bytes) -> Decoded:
+    """The samples of a picture's first frame or page, upright and as sRGB, and what the file says of it.
+
+    Raises UnreadableImageError, with the decoder's reason, for anything that is not a whole picture
+    of at most `MAX_PIXELS` in one of `FORMATS`.
+    """
+    try:
+        return _decode(data)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(data: bytes) -> Decoded:
+    if not data:
+        raise UnreadableImageError("the file is empty")
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged metadata is not a damaged picture
+        deep_tiff = _decode_deep_tiff(data)
+        if deep_tiff is not None:
+            return deep_tiff
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height)
+            if not isinstance(image.info.get("xmp", b""), bytes):  # a TIFF's tag 700 of another type: not XMP
+                del image.info["xmp"]
+            deep = _deep_samples(image, data)
+            if deep is None:
+                image.load()
+            mode = image.mode if deep is None else deep.name
+            num_pages = _num_pages(image, data)
+            exif = _exif(image)  # after loading: reading EXIF can hide a broken end
+            xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+            metadata = _metadata(exif, xmp, image.info.get("dpi"))
+            if deep is None:
+                return Decoded(_eight_bit(image), 255, mode, metadata, num_pages)
+            samples = _sixteen_bit(deep, _profile_of(image.info, deep.num_colors == 1))
+            return Decoded(_upright(samples, exif), 65535, mode, metadata, num_pages)
+
+
+def _check_size(width_px: int, height_px: int) -> None:
+    if width_px * height_px > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{width_px} x {height_px} pixels exceed the limit of {MAX_PIXELS}: a decompression bomb?"
+        )
+    if max(width_px, height_px) > MAX_SIDE_PX:
+        raise UnreadableImageError(
+            f"{width_px} x {height_px} pixels exceed the limit of {MAX_SIDE_PX} a side: cut it into parts"
+        )
+
+
+# ------------------------------------------------------------------ pages
+
+
+def _num_pages(image: Image.Image, data: bytes) -> int:
+    try:
+        number = _num_tiff_pages(data) if image.format == "TIFF" else int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged list of pages: the first one may be whole
+        return 1
+    return _check_pages(number)
+
+
+def _check_pages(number: int) -> int:
+    if number > MAX_PAGES:
+        raise UnreadableImageError(
+            f"more than {MAX_PAGES} frames or pages, the limit of one file: split it, or keep its first page only"
+        )
+    return number
+
+
+def _num_tiff_pages(data: bytes) -> int:
+    """How many pages a TIFF lists, counted to one past `MAX_PAGES`. (Pillow takes quadratic time.)"""
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    count_format, entry_bytes, offset_format = (f"{order}Q", 20, f"{order}Q") if big else (f"{order}H", 12, f"{order}I")
+    (offset,) = struct.unpack_from(offset_format, data, 8 if big else 4)
+    seen: set[int] = set()  # a list may end in a circle
+    while offset and offset not in seen and len(seen) <= MAX_PAGES:
+        try:
+            (num_entries,) = struct.unpack_from(count_format, data, offset)
+            after = offset + struct.calcsize(count_format) + num_entries * entry_bytes
+            seen.add(offset)
+            (offset,) = struct.unpack_from(offset_format, data, after)
+        except struct.error:  # the list leaves the file
+            break
+    return len(seen)
+
+
+# ------------------------------------------------------------------ metadata
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    try:
+        return image.getexif()
+    except Exception:  # EXIF is a TIFF in itself, and as often damaged
+        return Image.Exif()
+
+
+def _metadata(exif: Image.Exif, xmp: object, dpi: tuple[float, float] | None = None) -> SourceMetadata:
+    """EXIF as an upright picture has it, and XMP. Damaged metadata is none.
+
+    dpi: what the container itself says of the resolution, if EXIF says nothing.
+    """
+    try:
+        kept = Image.Exif()
+        tags = {tag: _tag_value(value) for tag, value in exif.items() if tag in _KEPT_TAGS and isinstance(value, str)}
+        kept.update(tags | _resolution(exif, dpi))
+        ifds = {ifd: exif.get_ifd(ifd) for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
+        for ifd, values in ifds.items():
+            kept.get_ifd(ifd).update({tag: _tag_value(value) for tag, value in values.items()})
+        encoded = kept.tobytes() if len(kept) or any(ifds.values()) else None
+    except Exception:  # EXIF is a TIFF in itself, and as often damaged
+        encoded = None
+    if isinstance(xmp, str):
+        xmp = xmp.encode(errors="replace")
+    return SourceMetadata(encoded, xmp if isinstance(xmp, bytes) and xmp else None)
+
+
+def _tag_value(value: object) -> object:
+    """Text beyond ASCII as the bytes it was: Pillow reads any as Latin-1, and would write question marks."""
+    return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
+
+
+def _resolution(exif: Image.Exif, dpi: tuple[float, float] | None) -> dict[int, float]:
+    """XResolution, YResolution and ResolutionUnit of the upright picture, if they are sound."""
+    x, y, unit = exif.get(282), exif.get(283), exif.get(296, 2)
+    if x is None and dpi is not None and tuple(dpi) != (72, 72):  # 72: Pillow's word for "nothing said"
+        (x, y), unit = dpi, 2
+    try:
+        x, y = float(x), float(y)  # type: ignore[arg-type]
+    except (TypeError, ValueError, ArithmeticError):  # not there, or no numbers
+        return {}
+    if unit not in (1, 2, 3) or not (min(x, y) > 0.1 and max(x, y) < 25_000):  # JPEG's header ends at 65,535 dpi
+        return {}
+    if exif.get(274) in (5, 6, 7, 8):
+        x, y = y, x
+    return {282: x, 283: y, 296: unit}
+
+
+# ------------------------------------------------------------------ samples of more than 8 bits
+
+
+class _Deep(NamedTuple):
+    """Samples as a file holds them, [H, W, 1 to 4] (gray, gray + alpha, RGB, RGBA), and what they mean."""
+
+    samples: np.ndarray
+    full_scale: float  # the value of full intensity: 2^bits - 1, or 1 of floating-point samples
+    name: str
+    white_is_zero: bool = False
+    premultiplied: bool = False
+
+    @property
+    def num_colors(self) -> int:
+        return 1 if self.samples.shape[-1] <= 2 else 3
+
+
+def _deep(samples: np.ndarray, bits: int, **meaning: bool) -> _Deep:
+    samples = samples if samples.ndim == 3 else samples[..., None]
+    floating = samples.dtype.kind == "f"
+    name = ("F" if floating else "I", "LA", "RGB", "RGBA")[samples.shape[-1] - 1]
+    return _Deep(samples, 1.0 if floating else 2.0**bits - 1, f"{name};{bits}", **meaning)
+
+
+def _sixteen_bit(deep: _Deep, profile: bytes | None) -> np.ndarray:
+    """As uint16 sRGB, scaled (never clipped) to the whole of it, straight alpha: [H, W, 1 to 4]."""
+    height, width, _ = deep.samples.shape
+    done = []
+    for rows in strips(height, width):
+        values = deep.samples[rows].astype(np.float64) / deep.full_scale
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+            raise UnreadableImageError("floating-point samples outside [0, 1]: rescale them before archiving")
+        color, alpha = values[..., : deep.num_colors], values[..., deep.num_colors :]
+        if deep.premultiplied:
+            color = np.divide(color, alpha, out=np.zeros_like(color), where=alpha > 0).clip(0, 1)
+        if deep.white_is_zero:
+            color = 1 - color
+        if profile is not None:
+            color = _to_srgb(color, profile)
+        done.append((np.concatenate((color, alpha), axis=-1) * 65535).round().astype(np.uint16))
+    return np.concatenate(done)
+
+
+def _to_srgb(color: np.ndarray, profile: bytes) -> np.ndarray:
+    """Gray or RGB in [0, 1] to sRGB. A profile that does not fit the picture is passed over.
+
+    In floating point: littleCMS's 16-bit tables are 14 L* off in the shadows of a linear profile.
+    """
+    gray = color.shape[-1] == 1
+    try:
+        srgb = imagecodecs.cms_transform(
+            color[..., 0] if gray else color,
+            profile,
+            imagecodecs.cms_profile("srgb"),
+            colorspace="gray" if gray else "rgb",
+            outcolorspace="rgb",
+        )
+    except (imagecodecs.CmsError, ValueError):
+        return color
+    return srgb.clip(0, 1)
+
+
+def _profile_of(info: dict[str | tuple[int, int], Any], gray: bool) -> bytes | None:
+    """The colour profile of a picture; of a PNG that only states its gamma, a profile with that gamma."""
+    profile, gamma = info.get("icc_profile"), info.get("gamma")
+    if profile or not gamma or "srgb" in info or abs(gamma * 2.2 - 1) < 0.05:  # 1/2.2: how encoders write sRGB
+        return profile or None
+    if gray:
+        return bytes(imagecodecs.cms_profile("gray", gamma=1 / gamma))
+    white_x, white_y, *primaries = info.get("chromaticity", (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06))
+    return bytes(imagecodecs.cms_profile("rgb", gamma=1 / gamma, whitepoint=(white_x, white_y), primaries=primaries))
+
+
+def _deep_samples(image: Image.Image, data: bytes) -> _Deep | None:
+    """The samples of an opened PNG, JPEG 2000 or PPM of more than 8 bits; None for anything else."""
+    if image.format == "PNG" and data[24] == 16:  # IHDR: bit depth
+        return _deep(imagecodecs.png_decode(data), 16)
+    if image.format == "JPEG2000":
+        return _deep_jpeg2000(image, data)
+    if image.format == "PPM" and image.mode in ("I", "F"):  # Pillow has scaled integers to 16 bits
+        return _deep(np.asarray(image), 16 if image.mode == "I" else 32)
+    return None
+
+
+def _deep_jpeg2000(image: Image.Image, data: bytes) -> _Deep | None:
+    size = data.index(b"\xff\x4f\xff\x51")  # the codestream begins with its size and components
+    x1, y1, x0, y0 = struct.unpack_from(">4I", data, size + 8)
+    (num_components,) = struct.unpack_from(">H", data, size + 40)
+    kinds = set(data[size + 42 : size + 42 + 3 * num_components : 3])  # bits - 1, and 128 for signed ones
+    if all(kind & 127 < 8 for kind in kinds):
+        return None
+    if len(kinds) > 1 or max(kinds) >= 128 or image.mode not in ("I;16", "LA", "RGB", "RGBA"):
+        raise UnreadableImageError(
+            f"JPEG 2000 ({image.mode}) of more than 8 bits with signed, mixed or other than gray and RGB components: "
+            "convert it to unsigned gray or RGB"
+        )
+    if (x1 - x0, y1 - y0) != image.size:
+        raise UnreadableImageError(f"JPEG 2000 of {x1 - x0} x {y1 - y0} pixels that states {image.size}: damaged")
+    return _deep(imagecodecs.jpeg2k_decode(data), kinds.pop() + 1)
+
+
+def _decode_deep_tiff(data: bytes) -> Decoded | None:
+    """Gray or RGB TIFF of more than 8 bits or of other samples than unsigned integers; None for anything else."""
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    try:
+        file = tifffile.TiffFile(io.BytesIO(data))
+        page = file.pages[0]
+    except Exception:  # Pillow says what it is
+        return None
+    assert isinstance(page, tifffile.TiffPage)
+    if page.photometric not in (0, 1, 2) or (page.bitspersample <= 8 and page.sampleformat in _UNSIGNED):
+        return None
+    _check_size(int(page.imagewidth), int(page.imagelength))  # a damaged tag is a tuple, maybe of millions
+    num_pages = _check_pages(_num_tiff_pages(data))
+    exif = _tiff_exif(data, file, page)
+    deep = _tiff_samples(page)
+    samples = _upright(_sixteen_bit(deep, page.iccprofile), exif)
+    return Decoded(samples, 65535, deep.name, _metadata(exif, page.tags.valueof(700)), num_pages)
+
+
+def _tiff_exif(data: bytes, file: tifffile.TiffFile, page: tifffile.TiffPage) -> Image.Exif:
+    """A TIFF's tags as Pillow has them, of files too that it does not open."""
+    exif = Image.Exif()
+    exif.endian, exif.bigtiff = file.byteorder, file.is_bigtiff
+    try:
+        exif.load_from_fp(io.BytesIO(data), page.offset)
+    except Exception:  # damaged tags
+        return Image.Exif()
+    return exif
+
+
+def _tiff_samples(page: tifffile.TiffPage) -> _Deep:
+    """Gray or RGB and alpha of a TIFF. Other extra samples, such as a film scanner's infrared, are left out."""
+    if page.sampleformat not in (*_UNSIGNED, _FLOAT):
+        raise UnreadableImageError(
+            f"TIFF with {'signed' if page.sampleformat == _SIGNED else 'complex'} samples (SampleFormat "
+            f"{page.sampleformat}): nothing defines their white, so convert them to unsigned integers"
+        )
+    num_colors, num_samples = 3 if page.photometric == 2 else 1, page.samplesperpixel
+    if not num_colors <= num_samples <= num_colors + 2:
+        raise UnreadableImageError(
+            f"TIFF with {num_samples} samples a pixel, of which {num_colors} are colour: at most 2 more are read"
+        )
+    if len(page.databytecounts) != math.prod(page.chunked) or 0 in page.databytecounts:
+        raise UnreadableImageError("TIFF with strips or tiles left out: damaged, or never finished")
+    if page.planarconfig == 2 and num_samples > 1:  # one plane after the other
+        samples = np.moveaxis(page.asarray().reshape(num_samples, page.imagelength, page.imagewidth), 0, -1)
+    else:
+        samples = page.asarray().reshape(page.imagelength, page.imagewidth, num_samples)
+    extra = page.extrasamples or (2,) * (num_samples - num_colors)  # not stated: alpha, as Pillow has it
+    alpha = [num_colors + i for i, kind in enumerate(extra) if kind in (1, 2)][:1]
+    return _deep(
+        samples[..., [*range(num_colors), *alpha]],
+        page.bitspersample,
+        white_is_zero=page.photometric == 0,
+        premultiplied=bool(alpha) and extra[alpha[0] - num_colors] == 1,
+    )
+
+
+# ------------------------------------------------------------------ samples of 8 bits
+
+
+def _eight_bit(image: Image.Image) -> np.ndarray:
+    """Any other picture as uint8 gray, gray + alpha, RGB or RGBA, through its colour profile if it has a sound one."""
+    image = _transposed(image)
+    info = dict(image.info)
+    if image.mode == "LAB":
+        return np.asarray(_lab_to_rgb(image))
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+    elif "transparency" in image.info and image.mode in ("L", "RGB", "1"):
+        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+    elif image.mode in ("1", "La", "RGBa"):
+        image = image.convert({"1": "L", "La": "LA", "RGBa": "RGBA"}[image.mode])
+    profile = _profile_of(info, image.mode in ("L", "LA"))
+    if profile is not None:
+        image = _through_profile(image, profile)
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise UnreadableImageError(f"a damaged {image.format or 'file'} of samples deeper than 8 bits ({image.mode})")
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    samples = np.asarray(image)
+    return samples if samples.ndim == 3 else samples[..., None]
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return _expect_image(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
+
+
+def _through_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert to sRGB through an embedded profile. A profile that does not fit the picture is passed over."""
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    color = image.convert(image.mode[:-1]) if alpha is not None else image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        color = _expect_image(
+            ImageCms.profileToProfile(color, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    if alpha is not None:
+        color.putalpha(alpha)
+    return color
+
+
+def _expect_image(converted: Image.Image | None) -> Image.Image:
+    assert converted is not None  # only in-place conversion returns None
+    return converted
+
+
+def _transposed(image: Image.Image) -> Image.Image:
+    """Turned upright by EXIF. (Pillow has already applied a TIFF's orientation; damaged EXIF says nothing.)"""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF is a TIFF in itself, and as often damaged
+        return image
+
+
+def _upright(samples: np.ndarray, exif: Image.Exif) -> np.ndarray:
+    """`samples` turned as EXIF or the TIFF tag says."""
+    orientation = exif.get(274, 1)
+    if orientation in (5, 6, 7, 8):
+        samples = samples.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    return np.ascontiguousarray(samples)
+
+
+def strips(height_px: int, width_px: int) -> Iterator[slice]:
+    """Row ranges that cut a picture into pieces of about `STRIP_PIXELS`."""
+    rows = max(1, STRIP_PIXELS // max(1, width_px))
+    for start in range(0, height_px, rows):
+        yield slice(start, min(start + rows, height_px))
