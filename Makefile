@@ -42,9 +42,10 @@ evaluate: setup  ## Does the demo model obey its words?
 chaos: setup  ## Faults injected into real runs, on a local disk and on S3; about two hours on 2 cores.
 	$(BIN)/python -m tests.faults.chaos --rounds 3 --json benchmarks/results/chaos.json
 
-bench: setup  ## What the pipeline costs at scale, what a fit costs; about 20 minutes on 2 idle CPU cores.
+bench: setup  ## What the pipeline costs at scale, what a fit costs; about 40 minutes on 2 idle CPU cores.
 	$(BIN)/python -m benchmarks.planning --json benchmarks/results/scale.json
 	$(BIN)/python -m benchmarks.queries --json benchmarks/results/scale.json
 	$(BIN)/python -m benchmarks.pipeline --json benchmarks/results/scale.json
+	$(BIN)/python -m benchmarks.fleet --json benchmarks/results/scale.json
 	$(BIN)/python -m benchmarks.plot_scale
 	$(BIN)/python -m benchmarks.costs --json benchmarks/results/costs.json

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
 
-from diffcolor_core import DiffColor, images, metrics
+from diffcolor_core import DiffColor, decoding, images, metrics
 from diffcolor_core.color import lightness
 from diffcolor_core.decoding import UnreadableImageError
 from diffcolor_core.images import Picture, Scan, assemble, read_scan
