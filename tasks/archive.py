@@ -154,10 +154,10 @@ def _csv_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[st
     try:
         check_columns(tuple(reader.fieldnames or ()), required)
         for number, record in enumerate(reader, 1):
-            if None in record or None in record.values():
+            if None in record:  # fewer are no harm: what is left out at the end is empty
                 raise ValueError(
-                    f"row {number} (line {reader.line_num}) has {'more' if None in record else 'fewer'} fields than "
-                    f"the header, which has {len(reader.fieldnames or ())}: put a text with commas in double quotes"
+                    f"row {number} (line {reader.line_num}) has more fields than the header, which has "
+                    f"{len(reader.fieldnames or ())}: put a text with commas in double quotes"
                 )
             yield record
     except csv.Error as error:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LOG_EVERY_SECONDS = 30.0
 
 
-def printable(text: str) -> str:
+def visible(text: str) -> str:
     """With control characters written out: a file's name may hold line breaks and a terminal's commands."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -65,7 +65,7 @@ class RunProgress:
             if status != "ok":
                 row = next(row for row in rows if row["status"] == status)
                 message = f"{row['image_key']}: {status} ({row['error_class']}: {row['error_message']})"
-                self.logger.warning("%s", printable(message))
+                self.logger.warning("%s", visible(message))
             if self._bar is not None:
                 self._bar.update(self._task, completed=done, detail=detail)
             elif now - self._last_log >= LOG_EVERY_SECONDS or done == self.num_images:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tasks.progress import printable
+from tasks.progress import visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,4 +82,4 @@ def shown(value: Any) -> str:
     """A value as a table's cell."""
     if value is None:
         return ""
-    return escape(f"{value:.4g}" if isinstance(value, float) else printable(str(value)))
+    return escape(f"{value:.4g}" if isinstance(value, float) else visible(str(value)))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from diffcolor_core import DiffColor
 from flows.cli import app
-from tasks.progress import printable
+from tasks.progress import visible
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_f
 
 
 def test_what_is_printed_commands_no_terminal():
-    assert printable("scan\n1\x1b[31m é 日.png") == r"scan\n1\x1b[31m é 日.png"
+    assert visible("scan\n1\x1b[31m é 日.png") == r"scan\n1\x1b[31m é 日.png"
 
 
 def test_nothing_there(run, tmp_path):
