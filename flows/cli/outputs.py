@@ -58,7 +58,7 @@ def status(output: OutputArgument) -> None:
         """select error_class as error, count(*) as variants, any_value(image_key) as for_example,
                any_value(error_message) as message
            from results where status <> 'ok' group by all order by variants desc limit 20""",
-        """select count(*) as fits_kept, sum(bytes) / 1e6 as megabytes
+        """select count(*) as fits_written, sum(bytes) / 1e6 as megabytes
            from (select max(fit_bytes) as bytes from attempts where fit_uri is not null group by fit_uri)
            having count(*) > 0""",
     )
@@ -126,7 +126,7 @@ def expire_fits(
     output: OutputArgument,
     older_than_days: Annotated[float, typer.Option(min=0, help="Since a variant was last made from the fit.")],
 ) -> None:
-    """Delete kept fits that have not been used for so long; `status` tells their size.
+    """Delete kept fits that have not been used for so long; `status` tells what runs have written of them.
 
     Images and rows stay. A new prompt for such an image fits again.
 
