@@ -137,14 +137,8 @@ class Plan:
             yield Shard(number, batch)
 
     def _images(self) -> Iterator[PlannedImage]:
-        cursor = self._database.cursor()
-        cursor.execute(
-            """select fit, n, image, context, target, version, number, todo.attempt, earlier.row
-            from todo left join earlier using (n) order by n"""
-        )
-        for _, group in groupby(_fetch(cursor), key=itemgetter(0)):
-            asked = [list(same) for _, same in groupby(group, key=itemgetter(1))]
-            rows = [same[0] for same in asked]
+        for _, group in groupby(self._todo(), key=itemgetter(0)):
+            rows = list(group)
             _, _, image, context, _, version, number, *_ = rows[0]
             problem: ValueError | None = None
             if version is None:
@@ -153,8 +147,18 @@ class Plan:
                 problem = MissingPromptError("the catalog has no context prompt for it, and no --prompt was given")
             variants = tuple(Variant(variant_name(context, row[4]), row[4]) for row in rows)
             work = ImageWork(image, version or "", context, variants, problem)
-            earlier = tuple(tuple(row[8] for row in same if row[8] is not None) for same in asked)
-            yield PlannedImage(work, tuple(row[7] for row in rows), earlier)
+            yield PlannedImage(work, tuple(row[7] for row in rows), tuple(row[8] for row in rows))
+
+    def _todo(self) -> Iterator[tuple[Any, ...]]:
+        """The rows of `todo` in order, each with its earlier rows: looked up a few at a time, for they are wide."""
+        todo, lookup = self._database.cursor(), self._database.cursor()
+        todo.execute("select fit, n, image, context, target, version, number, attempt from todo order by n")
+        while rows := todo.fetchmany(1_000):
+            earlier: dict[int, list[dict[str, Any]]] = {row[1]: [] for row in rows}
+            lookup.execute("select n, row from earlier where n between ? and ?", [rows[0][1], rows[-1][1]])
+            for n, row in lookup.fetchall():
+                earlier[n].append(row)
+            yield from ((*row, tuple(earlier[row[1]])) for row in rows)
 
 
 @contextmanager
@@ -279,9 +283,7 @@ def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     rows = manifest.execute(
         """select n, attempts as row from attempts join wanted on wanted.image_key = attempts.image_key
         and wanted.config_sha256 = attempts.config_sha256
-        and wanted.input_version = coalesce(attempts.input_version, '') where status = 'ok'
-        qualify row_number() over (
-            partition by n, input_sha256 order by generation desc nulls last, finished_at desc) = 1"""
+        and wanted.input_version = coalesce(attempts.input_version, '') where status = 'ok'"""
     )
     _stream(database, "create or replace table earlier as from batches", rows)
 
