@@ -193,13 +193,13 @@ def open_plan(
         _insert(database, "catalog", ((r.number, r.image, r.context_prompt, r.target_prompt) for r in rows))
         _refuse_duplicates(database)
         _load_known(database, output)
-        database.execute(_WORK, {"prompt": prompt, "whole": whole_archive, "limit": limit or 2**62})
+        database.execute(_WORK, {"prompt": prompt, "whole": whole_archive})
         done_before: Counter[str] = Counter()
         database.execute(
             """create table todo (n bigint, fit bigint, image varchar, context varchar, target varchar, version varchar,
             number bigint, attempt integer, config varchar)"""
         )
-        _insert(database, "todo", _what_is_left(database, config, retry_quarantined, done_before))
+        _insert(database, "todo", _what_is_left(database, config, limit, retry_quarantined, done_before))
         _load_earlier(database, output)
         yield Plan(database, dict(done_before))
         database.close()
@@ -215,35 +215,38 @@ create table work as
         union all
         select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
     )
-    select row_number() over (order by image, context nulls first, number, target nulls first) as n,
-        dense_rank() over (order by image, context nulls first) as fit,
-        asked.*, files.version,
-        known.status, known.attempt, known.config_sha256, known.input_version
+    select asked.*, files.version, known.status, known.attempt, known.config_sha256, known.input_version
     from asked
     left join files on files.key = image
     left join known on known.image_key = image
         and known.context_prompt is not distinct from context and known.target_prompt is not distinct from target
-    qualify fit <= $limit and row_number() over (partition by image, context, target) = 1
+    order by image, context nulls first, number, target nulls first
 """
 
 
 def _what_is_left(
-    database: duckdb.DuckDBPyConnection, config: RunConfig, retry_quarantined: bool, done_before: Counter[str]
+    database: duckdb.DuckDBPyConnection,
+    config: RunConfig,
+    limit: int | None,
+    retry_quarantined: bool,
+    done_before: Counter[str],
 ) -> Iterator[tuple[object, ...]]:
+    """Rows of `todo` from `work`, which keeps its order; numbered here: windows over a million rows take memory."""
     done = ("ok",) if retry_quarantined else ("ok", "quarantined")
     cursor = database.cursor()
-    cursor.execute(
-        """select n, fit, image, context, target, version, number,
-        status, attempt, config_sha256, input_version from work order by n"""
-    )
-    for *planned, status, attempt, known_config, known_version in _fetch(cursor):
-        _, _, _, context, target, version, _ = planned
-        wanted = config.config_sha256(context, target)
-        unchanged = known_config == wanted and (known_version or "") == (version or "")
-        if unchanged and status in done:
-            done_before[status] += 1
-            continue
-        yield (*planned, attempt + 1 if unchanged else 1, wanted)
+    cursor.execute("""select image, context, target, version, number, status, attempt, config_sha256, input_version
+        from work""")
+    numbers = count()
+    fits = groupby(_fetch(cursor), key=itemgetter(0, 1))
+    for fit, (_, rows) in enumerate(islice(fits, limit)):
+        for _, same in groupby(rows, key=itemgetter(2)):  # two files, if their escaped names are one
+            image, context, target, version, number, status, attempt, known_config, known_version = next(same)
+            wanted = config.config_sha256(context, target)
+            unchanged = known_config == wanted and (known_version or "") == (version or "")
+            if unchanged and status in done:
+                done_before[status] += 1
+                continue
+            yield (next(numbers), fit, image, context, target, version, number, attempt + 1 if unchanged else 1, wanted)
 
 
 def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
