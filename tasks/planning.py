@@ -193,7 +193,10 @@ def open_plan(
         _insert(database, "catalog", ((r.number, r.image, r.context_prompt, r.target_prompt) for r in rows))
         _refuse_duplicates(database)
         _load_known(database, output)
-        database.execute(_WORK, {"prompt": prompt, "whole": whole_archive})
+        # One table after the other: their joins and sorts do not fit the memory limit together.
+        database.execute(_ASKED, {"prompt": prompt, "whole": whole_archive})
+        database.execute(_WORK)
+        database.execute(_IN_ORDER)
         done_before: Counter[str] = Counter()
         database.execute(
             """create table todo (n bigint, fit bigint, image varchar, context varchar, target varchar, version varchar,
@@ -205,23 +208,25 @@ def open_plan(
         database.close()
 
 
-_WORK = """
-create table work as
+_ASKED = """
+create table asked as
     with inherited as (
         select image_key, arg_max(context_prompt, generation) as last_context from known group by image_key
-    ), asked as (
-        select image, coalesce(context, last_context, $prompt) as context, target, min(number) as number
-        from catalog left join inherited on not $whole and inherited.image_key = image group by all
-        union all
-        select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
     )
+    select image, coalesce(context, last_context, $prompt) as context, target, min(number) as number
+    from catalog left join inherited on not $whole and inherited.image_key = image group by all
+    union all
+    select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
+"""
+_WORK = """
+create table work as
     select asked.*, files.version, known.status, known.attempt, known.config_sha256, known.input_version
     from asked
     left join files on files.key = image
     left join known on known.image_key = image
         and known.context_prompt is not distinct from context and known.target_prompt is not distinct from target
-    order by image, context nulls first, number, target nulls first
 """
+_IN_ORDER = "create table ordered as from work order by image, context nulls first, number, target nulls first"
 
 
 def _what_is_left(
@@ -235,7 +240,7 @@ def _what_is_left(
     done = ("ok",) if retry_quarantined else ("ok", "quarantined")
     cursor = database.cursor()
     cursor.execute("""select image, context, target, version, number, status, attempt, config_sha256, input_version
-        from work""")
+        from ordered""")
     numbers = count()
     fits = groupby(_fetch(cursor), key=itemgetter(0, 1))
     for fit, (_, rows) in enumerate(islice(fits, limit)):
@@ -269,16 +274,22 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     _stream(database, "insert into done from batches", rows)
 
 
+_CANDIDATES = (
+    """create table candidates as select n, image_key, config_sha256, input_version
+    from todo join done on image_key = image and config_sha256 = config""",
+    """create table same_token as select min(image_key) as image_key, config_sha256, input_version
+    from done where input_version <> '' group by all""",
+    """insert into candidates select n, image_key, config_sha256, input_version
+    from todo join same_token on input_version = version and config_sha256 = config where image_key <> image""",
+)
+
+
 def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     """The whole manifest rows that planned work may turn out to be: of its image, or of one file with its token."""
     database.execute("create table earlier (n bigint, row integer)")
-    wanted = database.execute(
-        """select n, done.* from todo join done on image_key = image and config_sha256 = config
-        union
-        select n, same.* from todo join (
-            select min(image_key), config_sha256, input_version from done where input_version <> '' group by all
-        ) as same on input_version = version and config_sha256 = config"""
-    ).to_arrow_table()
+    for statement in _CANDIDATES:
+        database.execute(statement)
+    wanted = database.execute("from candidates").to_arrow_table()
     if not wanted.num_rows:
         return
     manifest = connect(output)
