@@ -139,14 +139,8 @@ class Plan:
             yield Shard(number, batch)
 
     def _images(self) -> Iterator[PlannedImage]:
-        cursor = self._database.cursor()
-        cursor.execute(
-            """select fit, n, image, context, target, version, number, todo.attempt, earlier.row
-            from todo left join earlier using (n) order by n"""
-        )
-        for _, group in groupby(_fetch(cursor), key=itemgetter(0)):
-            asked = [list(same) for _, same in groupby(group, key=itemgetter(1))]
-            rows = [same[0] for same in asked]
+        for _, group in groupby(self._todo(), key=itemgetter(0)):
+            rows = list(group)
             _, _, image, context, _, version, number, *_ = rows[0]
             problem: ValueError | None = None
             if version is None:
@@ -155,8 +149,18 @@ class Plan:
                 problem = MissingPromptError("the catalog has no context prompt for it, and no --prompt was given")
             variants = tuple(Variant(variant_name(context, row[4]), row[4]) for row in rows)
             work = ImageWork(image, version or "", context, variants, problem)
-            earlier = tuple(tuple(row[8] for row in same if row[8] is not None) for same in asked)
-            yield PlannedImage(work, tuple(row[7] for row in rows), earlier)
+            yield PlannedImage(work, tuple(row[7] for row in rows), tuple(row[8] for row in rows))
+
+    def _todo(self) -> Iterator[tuple[Any, ...]]:
+        """The rows of `todo` in order, each with its earlier rows: looked up a few at a time, for they are wide."""
+        todo, lookup = self._database.cursor(), self._database.cursor()
+        todo.execute("select fit, n, image, context, target, version, number, attempt from todo order by n")
+        while rows := todo.fetchmany(1_000):
+            earlier: dict[int, list[dict[str, Any]]] = {row[1]: [] for row in rows}
+            lookup.execute("select n, row from earlier where n between ? and ?", [rows[0][1], rows[-1][1]])
+            for n, row in lookup.fetchall():
+                earlier[n].append(row)
+            yield from ((*row, tuple(earlier[row[1]])) for row in rows)
 
 
 @contextmanager
@@ -193,57 +197,65 @@ def open_plan(
         _insert(database, "catalog", ((r.number, r.image, r.context_prompt, r.target_prompt) for r in rows))
         _refuse_duplicates(database)
         _load_known(database, output)
-        database.execute(_WORK, {"prompt": prompt, "whole": whole_archive, "limit": limit or 2**62})
+        # One table after the other: their joins and sorts do not fit the memory limit together.
+        database.execute(_ASKED, {"prompt": prompt, "whole": whole_archive})
+        database.execute(_WORK)
+        database.execute(_IN_ORDER)
         done_before: Counter[str] = Counter()
         database.execute(
             """create table todo (n bigint, fit bigint, image varchar, context varchar, target varchar, version varchar,
             number bigint, attempt integer, config varchar)"""
         )
-        _insert(database, "todo", _what_is_left(database, config, retry_quarantined, done_before))
+        _insert(database, "todo", _what_is_left(database, config, limit, retry_quarantined, done_before))
         _load_earlier(database, output)
         yield Plan(database, dict(done_before))
         database.close()
 
 
-_WORK = """
-create table work as
+_ASKED = """
+create table asked as
     with inherited as (
         select image_key, arg_max(context_prompt, generation) as last_context from known group by image_key
-    ), asked as (
-        select image, coalesce(context, last_context, $prompt) as context, target, min(number) as number
-        from catalog left join inherited on not $whole and inherited.image_key = image group by all
-        union all
-        select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
     )
-    select row_number() over (order by image, context nulls first, number, target nulls first) as n,
-        dense_rank() over (order by image, context nulls first) as fit,
-        asked.*, files.version,
-        known.status, known.attempt, known.config_sha256, known.input_version
+    select image, coalesce(context, last_context, $prompt) as context, target, min(number) as number
+    from catalog left join inherited on not $whole and inherited.image_key = image group by all
+    union all
+    select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
+"""
+_WORK = """
+create table work as
+    select asked.*, files.version, known.status, known.attempt, known.config_sha256, known.input_version
     from asked
     left join files on files.key = image
     left join known on known.image_key = image
         and known.context_prompt is not distinct from context and known.target_prompt is not distinct from target
-    qualify fit <= $limit and row_number() over (partition by image, context, target) = 1
 """
+_IN_ORDER = "create table ordered as from work order by image, context nulls first, number, target nulls first"
 
 
 def _what_is_left(
-    database: duckdb.DuckDBPyConnection, config: RunConfig, retry_quarantined: bool, done_before: Counter[str]
+    database: duckdb.DuckDBPyConnection,
+    config: RunConfig,
+    limit: int | None,
+    retry_quarantined: bool,
+    done_before: Counter[str],
 ) -> Iterator[tuple[object, ...]]:
+    """Rows of `todo` from `work`, which keeps its order; numbered here: windows over a million rows take memory."""
     done = ("ok",) if retry_quarantined else ("ok", "quarantined")
     cursor = database.cursor()
-    cursor.execute(
-        """select n, fit, image, context, target, version, number,
-        status, attempt, config_sha256, input_version from work order by n"""
-    )
-    for *planned, status, attempt, known_config, known_version in _fetch(cursor):
-        _, _, _, context, target, version, _ = planned
-        wanted = config.config_sha256(context, target)
-        unchanged = known_config == wanted and (known_version or "") == (version or "")
-        if unchanged and status in done:
-            done_before[status] += 1
-            continue
-        yield (*planned, attempt + 1 if unchanged else 1, wanted)
+    cursor.execute("""select image, context, target, version, number, status, attempt, config_sha256, input_version
+        from ordered""")
+    numbers = count()
+    fits = groupby(_fetch(cursor), key=itemgetter(0, 1))
+    for fit, (_, rows) in enumerate(islice(fits, limit)):
+        for _, same in groupby(rows, key=itemgetter(2)):  # two files, if their escaped names are one
+            image, context, target, version, number, status, attempt, known_config, known_version = next(same)
+            wanted = config.config_sha256(context, target)
+            unchanged = known_config == wanted and (known_version or "") == (version or "")
+            if unchanged and status in done:
+                done_before[status] += 1
+                continue
+            yield (next(numbers), fit, image, context, target, version, number, attempt + 1 if unchanged else 1, wanted)
 
 
 def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
@@ -266,16 +278,22 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     _stream(database, "insert into done from batches", rows)
 
 
+_CANDIDATES = (
+    """create table candidates as select n, image_key, config_sha256, input_version
+    from todo join done on image_key = image and config_sha256 = config""",
+    """create table same_token as select min(image_key) as image_key, config_sha256, input_version
+    from done where input_version <> '' group by all""",
+    """insert into candidates select n, image_key, config_sha256, input_version
+    from todo join same_token on input_version = version and config_sha256 = config where image_key <> image""",
+)
+
+
 def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     """The whole manifest rows that planned work may turn out to be: of its image, or of one file with its token."""
     database.execute("create table earlier (n bigint, row integer)")
-    wanted = database.execute(
-        """select n, done.* from todo join done on image_key = image and config_sha256 = config
-        union
-        select n, same.* from todo join (
-            select min(image_key), config_sha256, input_version from done where input_version <> '' group by all
-        ) as same on input_version = version and config_sha256 = config"""
-    ).to_arrow_table()
+    for statement in _CANDIDATES:
+        database.execute(statement)
+    wanted = database.execute("from candidates").to_arrow_table()
     if not wanted.num_rows:
         return
     manifest = connect(output)
@@ -283,9 +301,7 @@ def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     rows = manifest.execute(
         """select n, attempts as row from attempts join wanted on wanted.image_key = attempts.image_key
         and wanted.config_sha256 = attempts.config_sha256
-        and wanted.input_version = coalesce(attempts.input_version, '') where status = 'ok'
-        qualify row_number() over (
-            partition by n, input_sha256 order by generation desc nulls last, finished_at desc) = 1"""
+        and wanted.input_version = coalesce(attempts.input_version, '') where status = 'ok'"""
     )
     _stream(database, "create or replace table earlier as from batches", rows)
 
