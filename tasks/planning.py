@@ -240,7 +240,7 @@ def _what_is_left(
     retry_quarantined: bool,
     done_before: Counter[str],
 ) -> Iterator[tuple[object, ...]]:
-    """Rows of `todo` from `work`, which keeps its order; numbered here: windows over a million rows take memory."""
+    """Rows of `todo`, numbered here: windows over a million rows take memory. `ordered` keeps its order."""
     done = ("ok",) if retry_quarantined else ("ok", "quarantined")
     cursor = database.cursor()
     cursor.execute("""select image, context, target, version, number, status, attempt, config_sha256, input_version
