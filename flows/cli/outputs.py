@@ -75,7 +75,12 @@ def status(output: OutputArgument) -> None:
 @app.command()
 def verify(
     output: OutputArgument,
-    repair: Annotated[bool, typer.Option(help="Queue again what is missing or changed, for the next `run`.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            help="Queue again what is missing or changed, for the next `run`; set changed files aside in damaged/."
+        ),
+    ] = False,
     read_files: Annotated[bool, typer.Option(help="Compare every image's hash, not only its existence.")] = True,
 ) -> None:
     """Does OUTPUT hold what its manifest says? Every row's file with its hash, every file with its row.
@@ -105,7 +110,8 @@ def verify(
 def compact(output: OutputArgument) -> None:
     """Write OUTPUT's manifest anew into few parts, for faster queries; the rows stay the same.
 
-    Runs and readers may go on meanwhile. The replaced parts are deleted by the next compaction.
+    Runs and readers may go on meanwhile; of several compactions at once one wins, the others end with
+    exit code 2. The replaced parts are deleted by the next compaction.
 
     Example: `diffcolor compact s3://museum/colorized`
     """
