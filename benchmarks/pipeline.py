@@ -77,7 +77,7 @@ def main(
     """Sleep 0 s on two actors, then 1 s on several, each run in a process of its own."""
     figures = []
     fresh = multiprocessing.get_context("spawn")
-    for arguments in ((images, 0.0, 2, 32), (images, 1.0, actors, 32)):
+    for arguments in ((images, 0.0, 2, 32), (images, 1.0, actors, 10)):
         with fresh.Pool(1) as pool:
             figures.append(pool.apply(measure, arguments))
         print(figures[-1], flush=True)
