@@ -63,10 +63,8 @@ class PooledActor:
             if ray.wait([reference], timeout=timeout_seconds)[0]:
                 return list(ray.get(reference))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            reason, out_of_memory = (
-                str(error).strip().partition("\n")[0],
-                type(error) is ray.exceptions.OutOfMemoryError,
-            )
+            reason = str(error).strip().partition("\n")[0]
+            out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
             raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
         ray.kill(self.handle, no_restart=False)
         raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)")
