@@ -190,3 +190,28 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     assert cancelled.has("runs/000001.end"), "a cancelled run must not look alive"
     ((num_ok,),) = query(cancelled, "select count(*) from results where status = 'ok'").fetchall()
     assert 2 <= num_ok < 17, "what was finished is committed, what was not is left to the next run"
+
+
+@pytest.mark.skipif(not os.environ.get("DIFFCOLOR_TEST_SLOW"), reason="waits for minutes: set DIFFCOLOR_TEST_SLOW=1")
+@pytest.mark.timeout(900)
+def test_the_automation_marks_a_killed_flow_as_crashed(prefect, tiny_folder, tmp_path):
+    """The flow and its worker are killed: nobody is left who could tell Prefect."""
+    prefect("work-pool", "create", "diffcolor", "--type", "process")
+    prefect("deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
+    prefect("automation", "create", "--from-file", "deploy/zombies.yaml")
+    worker = prefect.start("worker", "start", "--pool", "diffcolor", "--type", "process", "--limit", "1")
+    many, output = make_archive(tmp_path / "many", 200), Store(str(tmp_path / "out"))
+    text = prefect(
+        *("deployment", "run", "colorize-archive/on-demand"),
+        *("-p", f"archive={many}", "-p", f"output={output.url}", "-p", f"model={tiny_folder}"),
+    )
+    (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
+    wait_for(lambda: any("/target-" in key for key, _ in output.list()), seconds=200)
+    worker.kill()
+    for process in processes(prefect.mark, "prefect.engine", "prefect flow-run execute"):
+        process.kill()
+    wait_for(lambda: not processes(prefect.mark, "ray::"), seconds=60)
+    flow_run = f"{prefect.api}/flow_runs/{flow_run_id}"
+    assert httpx.get(flow_run).json()["state_type"] == "RUNNING", "nobody has told Prefect yet"
+    wait_for(lambda: httpx.get(flow_run).json()["state_type"] == "CRASHED", seconds=240)
+    assert httpx.get(flow_run).json()["state"]["message"] == "no heartbeat for 90 s"
