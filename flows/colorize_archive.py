@@ -23,7 +23,7 @@ from tasks.actors import ActorPool, RunStoppedError, colorize_on, ray_actors
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
 from tasks.lease import Lease, hold_output
 from tasks.manifest import commit_part
-from tasks.planning import RunConfig, Shard, open_plan, output_below
+from tasks.planning import RunConfig, Shard, open_plan, output_below, shard_sizes
 from tasks.progress import RunProgress
 from tasks.storage import Store
 
@@ -31,6 +31,9 @@ COMMIT_SECONDS = 300.0
 """A part is committed after so long even if it holds few images."""
 MAX_TASK_RUNS = 1000
 """Of one flow run: Prefect's server and pages become slow with thousands."""
+
+SPARE_SHARDS = 2
+"""In work beyond one for each actor: they have an image ready while another commits, or ends."""
 
 ShardFuture = PrefectFuture[Any]  # of a Counter: variants by status
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -80,14 +83,14 @@ def colorize_shard(
 
 @flow(name="colorize-range", validate_parameters=False)
 def colorize_range(submit_next: Callable[[], ShardFuture | None], num_actors: int) -> Counter[str]:
-    """Work through up to `MAX_TASK_RUNS` shards, one for each actor at a time; the variants by status.
+    """Work through up to `MAX_TASK_RUNS` shards, for each actor one at a time and some to spare; the variants by status.
 
     submit_next submits the next shard, and returns None when there is none left.
     """
     counts: Counter[str] = Counter()
     active: set[ShardFuture] = set()
     for _ in range(MAX_TASK_RUNS):
-        if len(active) == num_actors:
+        if len(active) == num_actors + SPARE_SHARDS:
             counts += _first_result(active)
         future = submit_next()
         if future is None:
@@ -207,14 +210,15 @@ def colorize_archive(
                     RunProgress(plan.num_images, logger) as progress,
                 ):
                     how = (config, lease, pool, progress, commit_every, image_timeout_seconds, max_attempts)
-                    waiting = plan.shards(shard_size)
+                    waiting = plan.shards(shard_size, num_actors)
 
                     def submit_next() -> ShardFuture | None:
                         shard = next(waiting, None)
                         return None if shard is None else colorize_shard.submit(shard, *how)
 
                     # Beyond MAX_TASK_RUNS shards each range of them is a child flow.
-                    num_ranges = math.ceil(plan.num_images / (shard_size * MAX_TASK_RUNS))
+                    num_shards = sum(1 for _ in shard_sizes(plan.num_images, shard_size, num_actors))
+                    num_ranges = math.ceil(num_shards / MAX_TASK_RUNS)
                     work_through = colorize_range if num_ranges > 1 else colorize_range.fn
                     for _ in range(num_ranges):
                         counts += work_through(submit_next, num_actors)

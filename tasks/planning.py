@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -118,6 +119,19 @@ def output_below(archive: Store, output: Store) -> str | None:
     return inner[len(outer) :] if inner.startswith(outer) else None
 
 
+def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
+    """Images of each shard: `size`, and ever fewer towards the end, so that all actors end together.
+
+    That is guided self-scheduling (Polychronopoulos and Kuck 1987): of what is left an actor's share, rounded up.
+    """
+    if size < 1:
+        raise ValueError(f"shard_size is {size}, but a shard holds at least 1 image")
+    while num_images > 0:
+        batch = min(size, math.ceil(num_images / num_actors))
+        yield batch
+        num_images -= batch
+
+
 class Plan:
     """What is to do, kept in a database on disk: shards are read from it as they are needed."""
 
@@ -127,16 +141,11 @@ class Plan:
         """Variants that earlier runs have done, by status."""
         (self.num_images,) = database.execute("select count(distinct fit) from todo").fetchone() or (0,)
 
-    def shards(self, size: int) -> Iterator[Shard]:
-        """The planned images in order, `size` at a time."""
-        if size < 1:
-            raise ValueError(f"shard_size is {size}, but a shard holds at least 1 image")
+    def shards(self, size: int, num_actors: int = 1) -> Iterator[Shard]:
+        """The planned images in order, as many at a time as `shard_sizes` says."""
         images = self._images()
-        for number in count():
-            batch = tuple(islice(images, size))
-            if not batch:
-                return
-            yield Shard(number, batch)
+        for number, num_images in enumerate(shard_sizes(self.num_images, size, num_actors)):
+            yield Shard(number, tuple(islice(images, num_images)))
 
     def _images(self) -> Iterator[PlannedImage]:
         for _, group in groupby(self._todo(), key=itemgetter(0)):

@@ -212,7 +212,7 @@ def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Rec
         subprocess.run(["umount", "-l", output], check=False)
 
 
-@fault("images that hang, crash or fill the memory", LOCAL)
+@fault("images that hang, crash or fill the memory")
 def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
     """Three among the good ones, once: of two the actor dies at each attempt, the third's memory runs out twice."""
     archive = bench.folder / f"poisoned-{Path(output).name}"
@@ -234,7 +234,7 @@ def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckon
     return bench.reckon(output, 2 * 2 + 1, archive)
 
 
-@fault("clock jumps", LOCAL)
+@fault("clock jumps")
 def clock_jumps(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
     """Killed runs whose clock goes a day before, then an hour behind; the last goes right. Needs Debian's faketime.
 

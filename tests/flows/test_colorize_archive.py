@@ -28,8 +28,8 @@ def ask(output: Path, sql: str) -> list[tuple]:
     return query(Store(str(output)), sql).fetchall()
 
 
-@pytest.mark.parametrize("num_actors", [1, 2])
-def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors):
+@pytest.mark.parametrize(("num_actors", "num_shards"), [(1, 2), (2, 3)])  # of 2 and 2 images; 2, 1 and 1
+def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors, num_shards):
     output = tmp_path / "out"
     arguments = {
         "archive": str(small_archive),
@@ -56,13 +56,13 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors)
     ]
     # one part per shard, one picture per variant, one primary and one fit per image, the run's record and its end
     found = files(output)
-    assert sum(f.startswith("manifest/") for f in found) == 2
+    assert sum(f.startswith("manifest/") for f in found) == num_shards
     assert {f for f in found if f.startswith("runs/")} == {"runs/000001.json", "runs/000001.end"}
     pictures = {f for f in found if f.startswith("images/")}
     assert sum("/target-" in f for f in pictures) == 3
     assert sum("/primary-" in f for f in pictures) == 3
     assert sum(f.startswith("fits/") for f in found) == 2 * 3
-    assert len(found) == 2 + 2 + 6 + 6
+    assert len(found) == num_shards + 2 + 6 + 6
 
     for key, uri, sha256, primary, p99 in ask(
         output,

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from diffcolor_core import preset
 from tasks.archive import CatalogError, CatalogRow, MissingImageError, MissingPromptError, variant_name
 from tasks.manifest import commit_part, compact
-from tasks.planning import RunConfig, open_plan, output_below
+from tasks.planning import RunConfig, open_plan, output_below, shard_sizes
 from tasks.storage import Store
 from tests.tasks.test_manifest import row
 
@@ -71,14 +71,19 @@ def commit(archive, output, catalog=RED_AND_BLUE, status="ok", config=CONFIG, na
 
 
 @settings(deadline=None, max_examples=15)
-@given(count=st.integers(0, 30), shard_size=st.integers(1, 12), limit=st.none() | st.integers(1, 40))
-def test_shards_hold_every_image_once_in_order(tmp_path_factory, count, shard_size, limit):
+@given(
+    count=st.integers(0, 30),
+    shard_size=st.integers(1, 12),
+    limit=st.none() | st.integers(1, 40),
+    num_actors=st.integers(1, 50),
+)
+def test_shards_hold_every_image_once_in_order(tmp_path_factory, count, shard_size, limit, num_actors):
     folder = tmp_path_factory.mktemp("plan")
     archive, output = Store(str(folder / "archive")), Store(str(folder / "out"))
     for number in range(count):
         archive.write(f"{number:04d}.png", b"x")
     with open_plan(archive, output, CONFIG, None, prompt="a thing", limit=limit) as plan:
-        shards = list(plan.shards(shard_size))
+        shards = list(plan.shards(shard_size, num_actors))
         assert [s.number for s in shards] == list(range(len(shards)))
         assert all(0 < len(s.images) <= shard_size for s in shards)
         keys = [p.work.image_key for s in shards for p in s.images]
@@ -235,6 +240,12 @@ def test_the_pictures_of_an_output_below_the_archive_are_no_scans(archive):
     archive.write("colored/2.png", b"a scan")
     work, _ = planned(archive, output, None, prompt="a ball")
     assert [image for image, _, _ in work] == ["0.png", "colored/2.png"]
+
+
+def test_shards_shrink_towards_the_end_so_that_no_actor_waits_for_another():
+    assert list(shard_sizes(9, 4, 1)) == [4, 4, 1]
+    assert list(shard_sizes(20, 4, 3)) == [4, 4, 4, 3, 2, 1, 1, 1]
+    assert sum(shard_sizes(1_000_000, 32, 1000)) == 1_000_000
 
 
 def test_a_shard_of_nothing_is_refused(archive, output):
