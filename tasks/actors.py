@@ -58,16 +58,15 @@ class PooledActor:
         """Its rows of the image. Raises ActorGoneError; Ray's RayTaskError with what the actor raised."""
         import ray
 
-        reference = self.handle.colorize.remote(planned, smaller_because)
         try:
-            if ray.wait([reference], timeout=timeout_seconds)[0]:
-                return list(ray.get(reference))
+            return list(ray.get(self.handle.colorize.remote(planned, smaller_because), timeout=timeout_seconds))
+        except ray.exceptions.GetTimeoutError:
+            ray.kill(self.handle, no_restart=False)
+            raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)") from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             reason = str(error).strip().partition("\n")[0]
             out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
             raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
-        ray.kill(self.handle, no_restart=False)
-        raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)")
 
     def _lost_its_node(self) -> bool:
         """Whether its machine is gone: known once Ray has started it again, or has missed the machine."""
