@@ -41,10 +41,16 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
     """One run through the flow."""
     os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", SECONDS: str(seconds)}
     os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    from prefect.testing.utilities import prefect_test_harness
+
     from flows.colorize_archive import colorize_archive
     from tasks import actors
 
-    with patch.object(actors, "ImageWorker", SleepingWorker), tempfile.TemporaryDirectory() as folder:
+    with (
+        prefect_test_harness(server_startup_timeout=120),  # a server with an empty database, stopped at the end
+        patch.object(actors, "ImageWorker", SleepingWorker),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         make_archive(Path(folder, "archive"), num_images)
         start = time.perf_counter()
         summary = colorize_archive(
@@ -77,7 +83,7 @@ def main(
     """Sleep 0 s on two actors, then 1 s on several, each run in a process of its own."""
     figures = []
     fresh = multiprocessing.get_context("spawn")
-    for arguments in ((images, 0.0, 2, 32), (images, 1.0, actors, 10)):
+    for arguments in ((images, 0.0, 2, 32), (images, 1.0, actors, 32)):
         with fresh.Pool(1) as pool:
             figures.append(pool.apply(measure, arguments))
         print(figures[-1], flush=True)
