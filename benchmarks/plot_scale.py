@@ -29,7 +29,8 @@ def main() -> None:
         queries.barh(places, [results["queries"][f"{kind}_seconds"][name] for name in names], 0.4, label=kind)
     queries.set(title=f"queries over {results['queries']['rows']:,} rows", xlabel="seconds", xscale="log")
     queries.set_yticks(range(len(names)), names)
-    queries.legend()
+    queries.set_ylim(top=len(names) + 0.3)
+    queries.legend(loc="upper center", ncols=2)
     labels = [f"{f['sleep_seconds']:.0f} s an image,\n{f['actors']} actors" for f in results["pipeline"]]
     pipeline.bar(labels, [f["overhead_ms_per_image"] for f in results["pipeline"]])
     pipeline.set(title="the pipeline's own time", ylabel="ms an image")
