@@ -83,7 +83,7 @@ def colorize_shard(
 
 @flow(name="colorize-range", validate_parameters=False)
 def colorize_range(submit_next: Callable[[], ShardFuture | None], num_actors: int) -> Counter[str]:
-    """Work through up to `MAX_TASK_RUNS` shards, for each actor one at a time and some to spare; the variants by status.
+    """Work through up to `MAX_TASK_RUNS` shards, at a time a few more than actors; the variants by status.
 
     submit_next submits the next shard, and returns None when there is none left.
     """

@@ -263,14 +263,23 @@ class Store:
         return path
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """`call()`, tried again with growing random pauses while the store has trouble that may pass."""
+        """`call()`, tried again with growing random pauses while the store has trouble that may pass.
+
+        An object store's PermissionError is raised anew, with the server's own word for it and what to check.
+        """
         if self.is_local:
             return call()
         pause = wait_random_exponential(multiplier=0.5, max=20)
         tries = Retrying(
             retry=retry_if_exception(is_transient), stop=stop_after_attempt(NUM_TRIES), wait=pause, reraise=True
         )
-        return tries(call)
+        try:
+            return tries(call)
+        except PermissionError as error:
+            raise PermissionError(
+                f"{self.url!r} refuses a request ({error.__cause__ or error}): check the credentials, what they "
+                "allow, and this machine's clock"
+            ) from error
 
     def _write_temporary(self, path: str, data: bytes) -> str:
         """`data` in a file of its own on the same disk, named after this process: see `sweep`."""

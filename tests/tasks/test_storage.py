@@ -22,6 +22,16 @@ def test_write_read_list(store):
         store.read("nothing")
 
 
+def test_a_store_that_refuses_the_credentials_is_named_with_its_own_word(s3_url, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    try:
+        with pytest.raises(PermissionError, match=rf"'{s3_url}' refuses a request .*SignatureDoesNotMatch.*clock"):
+            Store(s3_url).write("a.txt", b"one")
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 def test_create_has_one_winner(store):
     assert store.create("part", b"first")
     assert not store.create("part", b"second")
