@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffcolor_core.config import PRESETS, Settings, preset
     from diffcolor_core.decoding import UnreadableImageError
     from diffcolor_core.fits import Fit, FitError
-    from diffcolor_core.images import Picture, Scan, read_picture, read_scan
+    from diffcolor_core.images import DivergedError, Picture, Scan, read_picture, read_scan
 
 _MODULES = {
     "color_terms": ("ColorReport",),
@@ -23,13 +23,14 @@ _MODULES = {
     "config": ("PRESETS", "Settings", "preset"),
     "decoding": ("UnreadableImageError",),
     "fits": ("Fit", "FitError"),
-    "images": ("Picture", "Scan", "read_picture", "read_scan"),
+    "images": ("DivergedError", "Picture", "Scan", "read_picture", "read_scan"),
 }
 
 __all__ = [
     "PRESETS",
     "ColorReport",
     "DiffColor",
+    "DivergedError",
     "Fit",
     "FitError",
     "Picture",

@@ -16,7 +16,7 @@ from diffcolor_core.color import lock_luminance, srgb_to_lab
 from diffcolor_core.color_terms import ColorReport, colored_phrases
 from diffcolor_core.config import Settings, preset
 from diffcolor_core.fits import Fit, FitError, chroma_of, load_fit, scan_sha256
-from diffcolor_core.images import Picture, Scan, gray_input, read_scan, resize
+from diffcolor_core.images import Picture, Scan, check_finite, gray_input, read_scan, resize
 from diffcolor_core.in_context import finetune_model, optimise_embedding
 from diffcolor_core.metrics import abs_delta_l, colorfulness
 from diffcolor_core.models import Checkpoint, load_checkpoint
@@ -99,7 +99,8 @@ class DiffColor:
 
         context_prompt says what is in the picture, without or with colours. primary: the picture
         coloured already (same size); it takes the place of stage 1's, to be edited by `recolor`.
-        Raises UnreadableImageError for a file that is no picture, ValueError for an empty prompt.
+        Raises UnreadableImageError for a file that is no picture, ValueError for an empty prompt,
+        DivergedError if no finite fit is found.
         """
         if not context_prompt.strip():
             raise ValueError("the context prompt is empty: say what is in the picture")
@@ -159,6 +160,8 @@ class DiffColor:
             adapter_rank=settings.stage2.adapter_rank,
             **common,
         )
+        unet_state = fitted_state(unet, settings.stage2.adapter_rank)
+        check_finite(x_primary, e_opt, *unet_state.values())
         end = time.perf_counter()
         fit = Fit(
             scan=scan,
@@ -167,7 +170,7 @@ class DiffColor:
             content_px=content_px,
             primary=x_primary,
             prompt_embeds=e_opt.cpu(),
-            unet_state=fitted_state(unet, settings.stage2.adapter_rank),
+            unet_state=unet_state,
             context_prompt=context_prompt,
             rewritten_prompt=rewritten,
             settings=settings,

@@ -13,6 +13,16 @@ from diffcolor_core.color import lightness, lightness_to_gray, lock_luminance
 from diffcolor_core.decoding import SourceMetadata, decode, strips
 
 
+class DivergedError(RuntimeError):
+    """An optimisation that has left the finite numbers."""
+
+
+def check_finite(*tensors: Tensor) -> None:
+    """Raise DivergedError unless every value is a finite number."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise DivergedError("the optimisation has diverged to values that are not finite: lower the learning rates")
+
+
 @dataclass(frozen=True)
 class Scan:
     """A decoded input, upright.
@@ -120,8 +130,9 @@ def assemble(scan: Scan, chroma: Tensor) -> Picture:
     """The scan's own L* with a*, b* given at working size: the picture at the scan's size and bit depth.
 
     chroma: [2, h, w]. It is brought to full size along the scan's own edges (`upsample_guided`); the
-    gamut costs chroma, never L* (`lock_luminance`).
+    gamut costs chroma, never L* (`lock_luminance`). Raises DivergedError for chroma that is not finite.
     """
+    check_finite(chroma)
     maximum = 65535 if scan.bit_depth == 16 else 255
     dtype = np.uint16 if scan.bit_depth == 16 else np.uint8
     height, width = scan.height_px, scan.width_px

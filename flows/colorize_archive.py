@@ -1,6 +1,7 @@
 """The flow `colorize-archive`: a folder of scans to colorized images and a manifest."""
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -163,11 +164,14 @@ def colorize_archive(
     """
     logger = get_run_logger()
     # 1. open the run
+    source, target = Store(archive), Store(output)
+    if model != "demo" and os.path.isdir(model):
+        model = os.path.abspath(model)  # like the stores' addresses: for actors, and for `recolor` from elsewhere
     model_id, model_revision = identify(model)
     config = RunConfig(
         run_id=run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
-        archive=archive,
-        output=output,
+        archive=source.address,
+        output=target.address,
         model=model,
         model_id=model_id,
         model_revision=model_revision,
@@ -180,7 +184,6 @@ def colorize_archive(
         access_copy=access_copy,
         keep_fits=keep_fits,
     )
-    source, target = Store(archive), Store(output)
     if not source.exists():
         raise FileNotFoundError(f"there is no archive at {archive!r}")
     output_below(source, target)  # before anything is written

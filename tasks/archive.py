@@ -128,8 +128,9 @@ def _records(file: IO[bytes], name: str, required: tuple[str, ...]) -> Iterator[
 def _parquet_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[str, object]]:
     try:
         table = pq.ParquetFile(file)
-        check_columns(tuple(table.schema_arrow.names), required)
-        for batch in table.iter_batches(10_000):
+        names = tuple(table.schema_arrow.names)
+        check_columns(names, required)
+        for batch in table.iter_batches(10_000, columns=[column for column in COLUMNS if column in names]):
             yield from batch.to_pylist()
     except OSError as error:  # how pyarrow calls a damaged file
         raise ValueError(f"not to be read as Parquet: {error}") from error
@@ -186,7 +187,7 @@ def check_columns(names: tuple[str, ...], required: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(column, others, 1, 0.6 if column in required else _MISSPELT)
         if near or column in required:
             hint = f" (did you mean your {others[near[0]]!r}?)" if near else ""
-            raise ValueError(f"there is no column {column!r}{hint}; it has {', '.join(names)}")
+            raise ValueError(f"there is no column {column!r}{hint}; it has {', '.join(map(repr, names)) or 'none'}")
 
 
 def _row(number: int, record: dict[str, object]) -> CatalogRow:

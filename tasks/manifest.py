@@ -16,6 +16,8 @@ from tasks.storage import Store
 
 SCHEMA_VERSION = 3
 PREFIX = "manifest"
+MISSING_OUTPUT = "MissingOutputError"
+"""Error class of the rows that `verify --repair` has queued again."""
 
 
 class _Column(NamedTuple):
@@ -130,7 +132,11 @@ _EARLIER = f"qualify {_ROW_NUMBER} > 1"
 
 
 class ManifestError(ValueError):
-    """A manifest that is not there, or a query that it does not answer."""
+    """A manifest that cannot be read, or a query that it does not answer."""
+
+
+class NoManifestError(ManifestError):
+    """There is no manifest yet."""
 
 
 def encode_part(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -163,7 +169,8 @@ class Parts:
     loose: as runs committed them. latest, earlier: of the last compaction, the latest row of each
     image and variant, and the others. replaced: parts that compaction has taken in, not deleted yet.
     abandoned: of compactions that were killed, or overtaken by another, or are at work now. generation:
-    the number of the last compaction.
+    the number of the last compaction. damaged_pointers: files that should name a compaction's parts, and
+    do not; what the one before names counts, and nothing is missing, as the replaced parts are kept so long.
     """
 
     loose: tuple[str, ...]
@@ -172,6 +179,7 @@ class Parts:
     replaced: tuple[str, ...] = ()
     abandoned: tuple[str, ...] = ()
     generation: int = 0
+    damaged_pointers: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -193,8 +201,15 @@ def list_parts(output: Store) -> Parts:
     listing as it: nothing of one listing is missed or counted twice.
     """
     keys = sorted(key for key, _ in output.walk(PREFIX))
-    generation = max((int(match.group(1)) for match in map(POINTER.fullmatch, keys) if match), default=0)
-    pointer = json.loads(output.read(_pointer(generation))) if generation else {}
+    generations = sorted((int(match.group(1)) for match in map(POINTER.fullmatch, keys) if match), reverse=True)
+    pointer: dict[str, list[str]] = {}
+    damaged_pointers = []
+    for generation in generations:
+        try:
+            pointer = _read_pointer(output, generation)
+            break
+        except ValueError:
+            damaged_pointers.append(_pointer(generation))
     latest, earlier, replaced = (tuple(pointer.get(kind, ())) for kind in ("latest", "earlier", "replaced"))
     found = [key for key in keys if key.endswith(".parquet")]
     taken_in = set(replaced)
@@ -205,20 +220,32 @@ def list_parts(output: Store) -> Parts:
         earlier=earlier,
         replaced=tuple(key for key in found if key in taken_in),
         abandoned=tuple(key for key in compacted if key not in {*latest, *earlier, *taken_in}),
-        generation=generation,
+        generation=max(generations, default=0),
+        damaged_pointers=tuple(damaged_pointers),
     )
 
 
 def connect(output: Store, parts: Parts | None = None) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the views `results` and `attempts` over the output's manifest, as it is now.
 
-    `attempts` has every row; `results` the latest of each image and variant. Raises ManifestError if
-    there is no part yet.
+    `attempts` has every row; `results` the latest of each image and variant. Raises NoManifestError if
+    there is no part yet, ManifestError if one cannot be read.
     """
     parts = list_parts(output) if parts is None else parts
     if not parts.all:
-        raise ManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
+        raise NoManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
     connection = duckdb.connect()
+    try:
+        _create_views(connection, output, parts)
+    except duckdb.Error as error:
+        raise ManifestError(
+            f"the manifest of {output.url!r} cannot be read: {str(error).partition(chr(10))[0]} "
+            "(`diffcolor verify` names the damaged part, with --repair it is set aside)"
+        ) from error
+    return connection
+
+
+def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: Parts) -> None:
     connection.execute("set timezone = 'UTC'")
     if not output.is_local:
         connection.register_filesystem(output.fs)
@@ -234,11 +261,10 @@ def connect(output: Store, parts: Parts | None = None) -> duckdb.DuckDBPyConnect
         from loose_rows union all by name from latest_rows union all by name from earlier_rows"""
     )
     connection.execute(f"create view results as {_results_sql(parts)}")
-    if output.is_local:  # a query reads the manifest and nothing else
-        quoted = output.root.replace("'", "''")
-        connection.execute(f"set allowed_directories = ['{quoted}']")
-        connection.execute("set enable_external_access = false")
-    return connection
+    # A query reads the manifest and nothing else, of this machine neither.
+    quoted = output.uri(PREFIX).replace("'", "''")
+    connection.execute(f"set allowed_directories = ['{quoted}']")
+    connection.execute("set enable_external_access = false")
 
 
 def _results_sql(parts: Parts) -> str:
@@ -319,12 +345,25 @@ def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
 
 
 def forget_part(output: Store, key: str) -> None:
-    """Move the pointer to the same parts but `key`, if it names that one."""
+    """Move the pointer, if it names `key`: back to what its compaction has replaced, where all of that is still there.
+
+    Else to the same parts but `key`.
+    """
     parts = list_parts(output)
     if key not in (*parts.latest, *parts.earlier):
         return
-    left = parts.without({key})
-    if not _move_pointer(output, parts.generation + 1, left.latest, left.earlier, parts.replaced):
+    left, replaced = parts.without({key}), [*parts.replaced]
+    try:
+        before = _read_pointer(output, parts.generation - 1)
+        record = _read_pointer(output, parts.generation)
+        taken_in = set(record["replaced"]) - set(before.get("replaced", ()))
+        compacted = {*before.get("latest", ()), *before.get("earlier", ())}
+        if compacted <= taken_in <= set(parts.replaced):
+            left = Parts((), tuple(before.get("latest", ())), tuple(before.get("earlier", ())))
+            replaced = [*parts.latest, *parts.earlier]
+    except (ValueError, FileNotFoundError):  # no pointer before this one that can be read
+        pass
+    if not _move_pointer(output, parts.generation + 1, left.latest, left.earlier, replaced):
         raise ManifestError(f"a compaction of {output.url!r} has ended while {key!r} was set aside: verify it again")
 
 
@@ -334,6 +373,14 @@ def _move_pointer(
     """Whether it was this call that has made the pointer of this number."""
     record = {"latest": latest, "earlier": earlier, "replaced": replaced}
     return output.create(_pointer(generation), json.dumps(record).encode())
+
+
+def _read_pointer(output: Store, generation: int) -> dict[str, list[str]]:
+    """What it names; nothing before the first. Raises ValueError if it is damaged."""
+    record = json.loads(output.read(_pointer(generation))) if generation else {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{_pointer(generation)!r} is no record")
+    return record
 
 
 def _pointer(generation: int) -> str:

@@ -1,17 +1,20 @@
 """What is left to do, cut into shards."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import count, groupby, islice
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
@@ -29,7 +32,7 @@ from tasks.archive import (
     is_image_key,
     variant_name,
 )
-from tasks.manifest import ManifestError, connect
+from tasks.manifest import MISSING_OUTPUT, NoManifestError, connect
 from tasks.storage import Store
 
 
@@ -132,6 +135,9 @@ def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
         num_images -= batch
 
 
+_FOLDER = "diffcolor-plan-"
+
+
 class Plan:
     """What is to do, kept in a database on disk: shards are read from it as they are needed."""
 
@@ -195,7 +201,7 @@ def open_plan(
     Everything streams through a database in a temporary folder: memory does not grow with the archive.
     Raises CatalogError.
     """
-    with tempfile.TemporaryDirectory(prefix="diffcolor-plan-") as folder:
+    with _own_folder() as folder:
         database = duckdb.connect(f"{folder}/plan.duckdb", config={"memory_limit": "200MB", "threads": 2})
         database.execute("create table files (key varchar, version varchar)")
         own = output_below(archive, output)
@@ -221,15 +227,33 @@ def open_plan(
         database.close()
 
 
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A temporary folder, locked while it is in use; those that killed runs have left behind are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*/lock"):
+        with suppress(OSError), left.open("rb") as lock:  # in use, another user's, or gone meanwhile
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent)
+    with tempfile.TemporaryDirectory(prefix=_FOLDER) as folder, tempfile.NamedTemporaryFile(dir=folder) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.link(lock.name, f"{folder}/lock")  # it is there once it is locked
+        yield folder
+
+
 _ASKED = """
 create table asked as
     with inherited as (
         select image_key, arg_max(context_prompt, generation) as last_context from known group by image_key
+    ),
+    named as (
+        select image, coalesce(context, last_context, $prompt) as context, target, number
+        from catalog left join inherited on not $whole and inherited.image_key = image
+        union all
+        select key, $prompt, null, null from files where $whole and key not in (select image from catalog)
+        union all
+        select image_key, context_prompt, target_prompt, null from known where queued
     )
-    select image, coalesce(context, last_context, $prompt) as context, target, min(number) as number
-    from catalog left join inherited on not $whole and inherited.image_key = image group by all
-    union all
-    select key, $prompt, null, 0 from files where $whole and key not in (select image from catalog)
+    select image, context, target, coalesce(min(number), 0) as number from named group by all
 """
 _WORK = """
 create table work as
@@ -271,15 +295,15 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     """What planning needs of the manifest: of each variant the latest row, and whatever has been done ever."""
     database.execute(
         """create table known (image_key varchar, context_prompt varchar, target_prompt varchar, status varchar,
-        attempt integer, config_sha256 varchar, input_version varchar, generation bigint)"""
+        attempt integer, config_sha256 varchar, input_version varchar, generation bigint, queued boolean)"""
     )
     database.execute("create table done (image_key varchar, config_sha256 varchar, input_version varchar)")
     try:
         manifest = connect(output)
-    except ManifestError:
+    except NoManifestError:
         return
-    columns = """image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
-        coalesce(generation, 0)"""
+    columns = f"""image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
+        coalesce(generation, 0), coalesce(error_class = '{MISSING_OUTPUT}', false)"""
     _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from results"))
     rows = manifest.execute(
         "select image_key, config_sha256, coalesce(input_version, '') from attempts where status = 'ok'"

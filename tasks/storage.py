@@ -115,6 +115,11 @@ class Store:
         """Whether the folder is on this machine's filesystem."""
         return isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def address(self) -> str:
+        """The folder's own full address: a local one's path from the root of the file system."""
+        return self.root if self.is_local else self.url
+
     def uri(self, key: str) -> str:
         """The full address of a key: a path for a local folder, else a URL."""
         path = posixpath.join(self.root, check_key(key))
@@ -354,7 +359,7 @@ class Store:
 
     def exists(self) -> bool:
         """Whether the folder is there. (On an object store: whether anything is below it.)"""
-        return bool(self.fs.exists(self.root))
+        return os.path.isdir(self.root) if self.is_local else bool(self.fs.exists(self.root))
 
 
 @cache

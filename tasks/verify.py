@@ -14,7 +14,16 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from tasks.lease import hold_output
-from tasks.manifest import POINTER, SCHEMA, ManifestError, Parts, commit_part, connect, forget_part, list_parts
+from tasks.manifest import (
+    MISSING_OUTPUT,
+    POINTER,
+    SCHEMA,
+    Parts,
+    commit_part,
+    connect,
+    forget_part,
+    list_parts,
+)
 from tasks.storage import Store, UnsafeFileError
 
 DAMAGED = "damaged"
@@ -46,19 +55,16 @@ def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
     """Everything that is wrong with an output, part by part, row by row, file by file.
 
     read_files: compare the hash of every file that a row names, else its existence alone. Raises
-    ManifestError if there is no manifest at all.
+    NoManifestError if there is no manifest at all.
     """
     parts, damaged = _check_parts(output)
     for key, reason in damaged.items():
         yield Finding("damaged part", key, reason)
     parts = parts.without(damaged)
-    connection = connect(output, parts) if parts.all else None
+    connection = None if damaged and not parts.all else connect(output, parts)
     there = {key for key, _ in output.walk()}
     known: set[str] = {*parts.all, *parts.replaced, *damaged}
-    if connection is None:
-        if not damaged:
-            raise ManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
-    else:
+    if connection is not None:
         yield from _double_rows(connection)
         hashes = _known_files(connection)
         yield from _wrong_files(output, connection, there, hashes if read_files else {})
@@ -73,7 +79,8 @@ def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
 
 def _check_parts(output: Store) -> tuple[Parts, dict[str, str]]:
     """The parts as they are now, and what is wrong with those that cannot be read. A store in trouble raises."""
-    parts, damaged = list_parts(output), {}
+    parts = list_parts(output)
+    damaged = dict.fromkeys(parts.damaged_pointers, "it does not name the parts of its compaction")
     for key in parts.all:
         try:
             reason = _damage(output.read(key))
@@ -89,6 +96,10 @@ def _check_parts(output: Store) -> tuple[Parts, dict[str, str]]:
 def _damage(data: bytes) -> str | None:
     try:
         part = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        for field in SCHEMA:
+            index = part.schema_arrow.get_field_index(field.name)
+            if not field.nullable if index < 0 else part.schema_arrow.field(index).type != field.type:
+                return f"it is no part of a manifest: its column {field.name!r} is not there, or of another type"
         for number in range(part.num_row_groups):
             part.read_row_group(number)
     except (pyarrow.lib.ArrowException, OSError) as error:
@@ -211,7 +222,7 @@ def repair(output: Store, findings: list[Finding]) -> int:
             {name: finding.row[name] for name in SCHEMA.names}
             | {
                 "status": "failed",
-                "error_class": "MissingOutputError",
+                "error_class": MISSING_OUTPUT,
                 "error_message": f"verify found {finding.key} {finding.kind}",
                 "generation": lease.generation,
                 "finished_at": datetime.now(UTC),

@@ -56,7 +56,7 @@ def colorize(
     Example: `diffcolor colorize scan.png --prompt "a ball and a box on a table before a wall" --target
     "a red ball and a blue box on a green table before a yellow wall" --out out/one`
     """
-    from diffcolor_core import DiffColor, preset as settings_preset, read_scan
+    from diffcolor_core import DiffColor, DivergedError, preset as settings_preset, read_scan
     from diffcolor_core.formats import SUFFIX, encode
 
     targets = target or []
@@ -85,6 +85,8 @@ def colorize(
             fit = pipe.fit(scan, prompt, seed=seed, progress=show)
         except ValueError as error:
             raise fail(error, 2) from error
+        except DivergedError as error:
+            raise fail(error, 1) from error
         if save_fit is not None:
             fit.save(save_fit)
         results = {f"primary{SUFFIX[image_format]}": pipe.recolor(fit)}
@@ -218,9 +220,11 @@ def recolor(
     _quiet_prefect()
     from flows.recolor_archive import recolor_archive
     from tasks.archive import RECOLOR_COLUMNS, read_catalog
+    from tasks.lease import last_record
     from tasks.storage import Store
 
     try:
+        last_record(Store(output))
         for _ in read_catalog(Store(output), catalog, RECOLOR_COLUMNS) or ():
             pass
     except (ValueError, OSError) as error:
@@ -236,10 +240,12 @@ def _quiet_prefect() -> None:
 
 def _run_flow(flow: Any, *, output: str, **parameters: Any) -> None:
     """Run a flow in this process, print its summary, end with its exit code."""
+    from flows.local_prefect import embed_prefect
     from flows.stopping import stoppable
     from tasks.archive import CatalogError
     from tasks.manifest import ManifestError
 
+    embed_prefect()
     with stoppable() as stop:
         try:
             summary = flow(output=output, **parameters)

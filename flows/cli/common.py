@@ -1,7 +1,8 @@
 """What the commands share: the app, the options, how errors and tables are printed."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -66,8 +67,24 @@ def overrides_of(assignments: list[str] | None) -> dict[str, Any]:
 
 def fail(error: Exception, code: int) -> typer.Exit:
     """Print the error; the exit to raise from it."""
-    errors.print(f"diffcolor: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    lines = "\n".join(map(visible, str(error).splitlines()))
+    errors.print(f"diffcolor: {lines}", style="red", markup=False, highlight=False, soft_wrap=True)
     return typer.Exit(code)
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Errors in a line: exit code 2 for what was asked wrongly (no manifest there, a query, a URL), 1 for the rest."""
+    from tasks.lease import OutputBusyError
+
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except (ValueError, OutputBusyError) as error:
+        raise fail(error, 2) from error
+    except Exception as error:
+        raise fail(RuntimeError(f"{type(error).__name__}: {error}"), 1) from error
 
 
 def print_table(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

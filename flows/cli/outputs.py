@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.common import OutputArgument, app, console, fail, print_table
+from flows.cli.common import OutputArgument, app, console, errors_told, print_table
 
 
 @app.command()
@@ -22,14 +22,12 @@ def query(
 
     Example: `diffcolor query out/demo "select image_key, target_prompt, colorfulness from results"`
     """
-    from tasks.manifest import ManifestError, query as ask
+    from tasks.manifest import query as ask
     from tasks.storage import Store
 
-    try:
+    with errors_told():
         relation = ask(Store(output), sql)
         rows = relation.fetchall()
-    except ManifestError as error:
-        raise fail(error, 2) from error
     names = relation.columns
     if format == "json":
         typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
@@ -46,10 +44,9 @@ def query(
 @app.command()
 def status(output: OutputArgument) -> None:
     """What has been done in OUTPUT: counts by run and status, the errors, the time it took."""
-    from tasks.manifest import ManifestError, query as ask
+    from tasks.manifest import query as ask
     from tasks.storage import Store
 
-    store = Store(output)
     questions = (
         """select run_id as run, status, count(*) as variants, count(distinct image_key) as images,
                min(started_at)::timestamp(0) as started, max(finished_at)::timestamp(0) as finished,
@@ -62,14 +59,12 @@ def status(output: OutputArgument) -> None:
            from (select max(fit_bytes) as bytes from attempts where fit_uri is not null group by fit_uri)
            having count(*) > 0""",
     )
-    try:
+    with errors_told():
         for sql in questions:
-            relation = ask(store, sql)
+            relation = ask(Store(output), sql)
             rows = relation.fetchall()
             if rows:
                 print_table(relation.columns, rows)
-    except ManifestError as error:
-        raise fail(error, 2) from error
 
 
 @app.command()
@@ -89,19 +84,16 @@ def verify(
 
     Example: `diffcolor verify out/demo --repair && diffcolor run examples/archive out/demo`
     """
-    from tasks.lease import OutputBusyError
-    from tasks.manifest import ManifestError
     from tasks.storage import Store
     from tasks.verify import repair as mend, verify as check
 
-    try:
+    with errors_told():
         findings = list(check(Store(output), read_files=read_files))
         if findings:
             print_table(["finding", "file", "what"], [(f.kind, f.key, f.detail) for f in findings])
         queued = mend(Store(output), findings) if repair and findings else 0
-    except (ManifestError, OutputBusyError) as error:
-        raise fail(error, 2) from error
-    console.print(f"{len(findings)} findings, {queued} variants queued again" if findings else "all is as it must be")
+    mended = f", {queued} variants queued again for the next `run`" if repair else ""
+    console.print(f"{len(findings)} findings{mended}" if findings else "all is as it must be")
     if findings and not repair:
         raise typer.Exit(3)
 
@@ -115,13 +107,11 @@ def compact(output: OutputArgument) -> None:
 
     Example: `diffcolor compact s3://museum/colorized`
     """
-    from tasks.manifest import ManifestError, compact as shrink
+    from tasks.manifest import compact as shrink
     from tasks.storage import Store
 
-    try:
+    with errors_told():
         done = shrink(Store(output))
-    except ManifestError as error:
-        raise fail(error, 2) from error
     console.print(
         f"{done.rows} rows: {done.parts_before} parts are now {done.parts_after}; {done.deleted} replaced ones deleted"
     )
@@ -130,7 +120,9 @@ def compact(output: OutputArgument) -> None:
 @app.command()
 def expire_fits(
     output: OutputArgument,
-    older_than_days: Annotated[float, typer.Option(min=0, help="Since a variant was last made from the fit.")],
+    older_than_days: Annotated[
+        float, typer.Option(min=0, max=100_000, help="Since a variant was last made from the fit.")
+    ],
 ) -> None:
     """Delete kept fits that have not been used for so long; `status` tells what runs have written of them.
 
@@ -138,12 +130,9 @@ def expire_fits(
 
     Example: `diffcolor expire-fits out/demo --older-than-days 90`
     """
-    from tasks.manifest import ManifestError
     from tasks.storage import Store
     from tasks.verify import expire_fits as expire
 
-    try:
+    with errors_told():
         done = expire(Store(output), older_than_days)
-    except ManifestError as error:
-        raise fail(error, 2) from error
     console.print(f"{done.num_fits} fits deleted, {done.num_bytes / 1e6:.1f} MB")

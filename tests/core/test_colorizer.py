@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import DiffColor, Settings, preset, read_picture
+from diffcolor_core import DiffColor, DivergedError, Settings, preset, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.models import weights_sha256
 from diffcolor_core.prior import contrastive_loss
@@ -211,6 +211,18 @@ def test_adapters_train_and_leave_the_base_alone(pipe):
     assert any(bool(tensor.any()) for name, tensor in fit.unet_state.items() if "lora_B" in name)
     assert all(torch.equal(tensor, again.unet_state[name]) for name, tensor in fit.unet_state.items())
     assert low_rank.recolor(fit, TARGET).image.encode_png() == low_rank.recolor(again, TARGET).image.encode_png()
+
+
+def test_a_fit_that_diverges_is_no_fit(pipe):
+    changes = {"stage2": pipe.settings.stage2.model_copy(update={"model_learning_rate": 1e30})}
+    wild = DiffColor(pipe.checkpoint, pipe.settings.model_copy(update=changes))
+    with pytest.raises(DivergedError, match="learning rates"):
+        wild.fit(scan_bytes(), "a ball on a table")
+
+
+def test_colours_that_are_not_finite_are_no_picture(fit):
+    with pytest.raises(DivergedError):
+        fit.assemble(fit.primary * float("nan"))
 
 
 def test_an_empty_prompt_is_refused(pipe):

@@ -84,7 +84,9 @@ def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reck
 
 
 def _assert_no_actors(run: Run) -> None:
-    assert wait_until(lambda: not run.processes("ray::", "raylet"), 60), "actors outlive their flow"
+    """Nor Ray's processes, nor Prefect's server."""
+    gone = wait_until(lambda: not run.processes("ray::", "raylet", "local_prefect"), 60)
+    assert gone, "actors or servers outlive their flow"
 
 
 @fault("SIGKILL of the flow's process alone")
@@ -108,17 +110,19 @@ def kill_node(bench: Bench, output: str, rounds: int, rng: random.Random) -> Rec
 @fault("SIGKILL of the Prefect server")
 def kill_prefect(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
     def disturb(run: Run) -> None:
-        run.kill("prefect.server.api")
+        run.kill("local_prefect")
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(240)
 
     return _disturbed(bench, output, rounds, disturb)
 
 
-def _signalled(bench: Bench, output: str, rounds: int, number: signal.Signals) -> Reckoning:
+def _signalled(
+    bench: Bench, output: str, rounds: int, number: signal.Signals, send: Callable[[int, int], None]
+) -> Reckoning:
     def disturb(run: Run) -> None:
-        run.process.send_signal(number)
-        assert run.wait(120) == 128 + number
+        send(run.process.pid, number)
+        assert run.wait(30) == 128 + number
         _assert_no_actors(run)
 
     return _disturbed(bench, output, rounds, disturb)
@@ -126,12 +130,13 @@ def _signalled(bench: Bench, output: str, rounds: int, number: signal.Signals) -
 
 @fault("Ctrl-C")
 def interrupt(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    return _signalled(bench, output, rounds, signal.SIGINT)
+    """To its process group, as a terminal sends it."""
+    return _signalled(bench, output, rounds, signal.SIGINT, os.killpg)
 
 
 @fault("SIGTERM")
 def terminate(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    return _signalled(bench, output, rounds, signal.SIGTERM)
+    return _signalled(bench, output, rounds, signal.SIGTERM, os.kill)
 
 
 @fault("two runs racing")

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from typer.testing import CliRunner
 
 from diffcolor_core import DiffColor
 from flows.cli import app
+from tasks.manifest import commit_part
 from tasks.progress import visible
+from tasks.storage import Store
+from tests.tasks.test_manifest import row
 
 
 @pytest.fixture
@@ -79,6 +83,7 @@ def test_a_study_by_command(run, tiny_folder, tmp_path):
         ({"--preset": "fast"}, "no preset 'fast'"),
         ({"--set": "stage2.alpha=1"}, "did you mean 'stage2.alphas'"),
         ({"--set": "batch_size"}, "PATH=VALUE"),
+        ({"--set": "stage1.learning_rate=Infinity"}, "finite number"),
         ({"--prompt": " "}, "context prompt is empty"),
         ({"image": "broken.jpg"}, "OSError|truncated|not a picture"),
         ({"image": "none.png"}, "No such file"),
@@ -116,10 +121,13 @@ def test_an_archive_by_command(run, small_archive, tiny_folder, tmp_path):
     assert "UnreadableImageError" in text
 
 
-def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_folder, tmp_path):
+def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_folder, tmp_path, monkeypatch):
+    """And relative paths, wherever the second command is given."""
     output, targets = tmp_path / "out", tmp_path / "targets.csv"
-    options = ("--model", tiny_folder, "--limit", 2, "--set", "stage2.adapter_rank=2", "--set", "stage1.enabled=false")
-    run("run", small_archive, output, *options, code=3)
+    monkeypatch.chdir(small_archive)
+    options = ("--limit", 2, "--set", "stage2.adapter_rank=2", "--set", "stage1.enabled=false")
+    run("run", ".", output, "--model", os.path.relpath(tiny_folder), *options, code=3)
+    monkeypatch.chdir("/")
     targets.write_text("image,target_prompt\nscan 0.png,a white ball on a red table\n")
     run("recolor", output, "--catalog", targets)
     sql = "select fit_reused, count(*) as n from results where status = 'ok' group by all order by all"
@@ -127,6 +135,8 @@ def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_f
         {"fit_reused": False, "n": 2},
         {"fit_reused": True, "n": 1},
     ]
+    inputs = json.loads(run("query", output, "select distinct input_uri from results", "--format", "json"))
+    assert {i["input_uri"] for i in inputs} == {f"{small_archive}/scan 0.png", f"{small_archive}/broken.jpg"}
     record = json.loads((output / "runs" / "000002.json").read_text())
     assert record["overrides"] == {"stage2.adapter_rank": 2, "stage1.enabled": False}
     assert record["settings"]["stage2"]["adapter_rank"] == 2
@@ -140,11 +150,28 @@ def test_nothing_there(run, tmp_path):
     assert "nothing has been committed" in run("status", tmp_path, code=2)
     assert "nothing has been committed" in run("query", tmp_path, "select 1", code=2)
     assert "no archive at" in run("run", tmp_path / "none", tmp_path / "out", code=2)
+    (tmp_path / "scan.png").touch()
+    assert "no archive at" in run("run", tmp_path / "scan.png", tmp_path / "out", code=2)
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "compact", "recolor"])
+def test_an_address_that_no_filesystem_knows(run, tmp_path, command):
+    options = ("--catalog", tmp_path / "c.csv") if command == "recolor" else ()
+    assert "bogus" in run(command, "bogus://out", *options, code=2)
 
 
 def test_a_catalog_error_is_wrong_usage(run, small_archive, tiny_folder, tmp_path):
     (small_archive / "catalog.csv").write_text("image,prompt\nscan 0.png,a ball\n")
     assert "did you mean your 'prompt'" in run("run", small_archive, tmp_path / "o", "--model", tiny_folder, code=2)
+    (small_archive / "catalog.csv").write_text("ima\x1b[31mge,context_prompt\x1b]0;mine\x07\nscan 0.png,a ball\n")
+    assert "\x1b" not in run("run", small_archive, tmp_path / "o", "--model", tiny_folder, code=2)
+
+
+def test_an_error_commands_no_terminal(run, small_archive, tiny_folder, tmp_path):
+    commit_part(Store(str(tmp_path / "out")), "p", [row(image="\x1b[31m.png")])
+    said = run("query", tmp_path / "out", "select image_key::int from results", code=2)
+    assert r"\x1b[31m.png" in said
+    assert "\x1b" not in said
 
 
 def test_a_stopped_run_ends_as_stopped_even_if_prefect_has_gone_first():

@@ -134,6 +134,13 @@ def test_a_parquet_catalog_that_is_wrong_says_so(archive, names, message):
         list(read_catalog(archive, path))
 
 
+def test_of_a_parquet_catalog_only_the_known_columns_are_read(archive):
+    path = f"{archive.root}/wide.parquet"
+    never = pa.array([2**62], pa.timestamp("us"))  # no date of Python's
+    pq.write_table(pa.table({"image": ["0.png"], "context_prompt": ["a ball"], "scanned": never}), path)
+    assert [r.image for r in read_catalog(archive, path)] == ["0.png"]
+
+
 def test_columns_beside_the_known_ones_are_left_alone():
     check_columns(("image", "context_prompt", "target_prompt", "target_prompt_de", "images", "", ""), COLUMNS[:2])
     check_columns(("image", "context_prompt", "negative_prompt", "target"), COLUMNS[:2])

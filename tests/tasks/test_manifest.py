@@ -111,13 +111,21 @@ def test_queries_only_read(output, sql, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_query_reads_nothing_outside_the_output(tmp_path):
-    output = Store(str(tmp_path / "out"))
+def test_a_query_reads_nothing_outside_the_manifest(output, tmp_path):
     commit_part(output, "p", [row()])
     secret = tmp_path / "secret.csv"
     secret.write_text("a\n1\n")
     with pytest.raises(ManifestError):
         query(output, f"select * from read_csv('{secret}')").fetchall()
+
+
+def test_a_part_that_cannot_be_read_is_told_with_the_remedy(output):
+    commit_part(output, "p", [row()])
+    commit_part(output, "q", [row()])
+    output.write("manifest/q.parquet", output.read("manifest/q.parquet")[:-50])
+    for ask in (lambda: query(output, "from results"), lambda: compact(output)):
+        with pytest.raises(ManifestError, match="cannot be read.*diffcolor verify"):
+            ask()
 
 
 def test_an_output_without_manifest(output):

@@ -248,6 +248,31 @@ def test_shards_shrink_towards_the_end_so_that_no_actor_waits_for_another():
     assert sum(shard_sizes(1_000_000, 32, 1000)) == 1_000_000
 
 
+@pytest.mark.parametrize("whole_archive", [True, False])
+def test_what_verify_has_queued_is_done_again_whoever_had_asked_for_it(archive, output, whole_archive):
+    asked = [CatalogRow(1, "0.png", "c", "green")]
+    commit(archive, output, [*asked, *RED_AND_BLUE], name="p")
+    queued = {"status": "failed", "error_class": "MissingOutputError", "generation": 2}
+    commit(archive, output, asked, name="q", **queued)
+    work, _ = planned(archive, output, whole_archive=whole_archive)
+    assert [(image, targets, attempts) for image, targets, attempts in work if image == "0.png"] == [
+        ("0.png", ["green"], (2,))
+    ]
+
+
+def test_the_folder_of_a_plan_outlives_a_killed_run_only_until_the_next(archive, output, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = tmp_path / "diffcolor-plan-dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    with open_plan(archive, output, CONFIG, None, prompt="a ball"):
+        (mine,) = tmp_path.glob("diffcolor-plan-*")
+        assert mine != dead
+        with open_plan(archive, output, CONFIG, None, prompt="a ball"):
+            assert len([*tmp_path.glob("diffcolor-plan-*")]) == 2, "a plan that is in use stays"
+    assert not [*tmp_path.glob("diffcolor-plan-*")]
+
+
 def test_a_shard_of_nothing_is_refused(archive, output):
     with (
         open_plan(archive, output, CONFIG, RED_AND_BLUE) as plan,

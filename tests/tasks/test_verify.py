@@ -3,6 +3,7 @@ import io
 import json
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -155,7 +156,47 @@ def test_a_part_that_the_pointer_names_but_is_gone_is_found_and_forgotten(output
     output.delete(key)
     assert ("damaged part", key) in found(output)
     repair(output, list(verify(output)))
-    assert list_parts(output).latest == ()
+    assert key not in list_parts(output).all
+    assert query(output, "select count(*) from attempts").fetchall() == [(4,)]  # from what it had replaced
+    assert found(output) == []
+
+
+def test_a_damaged_compacted_part_whose_originals_are_gone_costs_its_own_rows_only(output):
+    compact(output)
+    for key in list_parts(output).replaced:
+        output.delete(key)
+    (key,) = list_parts(output).latest
+    output.write(key, b"PAR1")
+    repair(output, list(verify(output)))
+    with pytest.raises(ManifestError, match="nothing has been committed"):
+        query(output, "from results")
+
+
+@pytest.mark.parametrize("data", [b'{"latest": ["manif', b"[]", b"\xff"])
+def test_a_pointer_that_is_damaged_hides_nothing_and_is_set_aside(output, data):
+    compact(output)
+    generation = list_parts(output).generation
+    pointer = f"manifest/compacted-{generation:06d}.json"
+    output.write(pointer, data)
+    assert query(output, "select count(*) from attempts").fetchall() == [(4,)]
+    assert ("damaged part", pointer) in found(output)
+    repair(output, list(verify(output)))
+    assert output.has(f"damaged/{pointer}")
+    assert not [kind for kind, _ in found(output) if kind != "extra"]  # the parts that it named
+    compact(output)
+    compact(output)  # deletes them
+    assert query(output, "select count(*) from attempts").fetchall() == [(4,)]
+    assert found(output) == []
+
+
+@pytest.mark.parametrize("table", [pa.table({"a": [1]}), pa.table({name: [1] for name in SCHEMA.names})])
+def test_a_table_that_is_no_part_of_a_manifest_is_damage(output, table):
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    output.write("manifest/stray.parquet", sink.getvalue())
+    assert found(output) == [("damaged part", "manifest/stray.parquet")]
+    repair(output, list(verify(output)))
+    assert found(output) == []
 
 
 def test_a_link_out_of_the_output_is_a_finding(output, tmp_path):
@@ -188,11 +229,8 @@ def test_a_truncated_part_is_found_and_set_aside(output):
     assert all(kind == "extra" for kind, _ in kinds[1:])  # files whose rows were in it
     repair(output, list(verify(output)))
     assert output.has(f"damaged/{keys[0]}")
-    left = 0 if "compacted" in keys[0] else 2
-    try:
-        assert query(output, "select count(*) from results").fetchall() == [(left,)]
-    except ManifestError:
-        assert left == 0
+    left = 4 if "compacted" in keys[0] else 2  # what a compaction has replaced is there still
+    assert query(output, "select count(*) from results").fetchall() == [(left,)]
 
 
 def test_a_flipped_byte_in_a_part_is_found(output):
