@@ -40,7 +40,7 @@ SetOption = Annotated[
         "--set", metavar="PATH=VALUE", help="A setting other than the preset's: `stage2.adapter_rank=4`. Repeat it."
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random draw: same seed, same bytes.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of every random draw: same seed, same bytes on the same hardware.")]
 NumActorsOption = Annotated[int, typer.Option(min=1, help="Ray actors: images worked on at a time.")]
 GpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each; 0 runs on the CPU.")]
 RayOption = Annotated[str | None, typer.Option(help="An existing Ray cluster. Default: a local Ray for this run.")]
