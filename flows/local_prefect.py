@@ -16,9 +16,16 @@ END_SECONDS = 10.0
 
 
 def embed_prefect() -> None:
-    """Have Prefect start its embedded server, where it needs one, in this way. Before its first use in this process."""
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import get_current_settings
+    """Have Prefect start its embedded server, if it needs one, in this way. Before its first use in this process.
+
+    Prefect has no setting for it: a private method of the pinned version is overridden. Without effect, Ctrl-C would
+    take over a minute again, and `tests/faults` fails.
+    """
+    from prefect.settings import PREFECT_API_URL, get_current_settings
+
+    if PREFECT_API_URL.value():
+        return
+    from prefect.server.api.server import SubprocessASGIServer  # slow: the whole server
 
     class Server(SubprocessASGIServer):
         def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":

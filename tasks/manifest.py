@@ -352,19 +352,22 @@ def forget_part(output: Store, key: str) -> None:
     parts = list_parts(output)
     if key not in (*parts.latest, *parts.earlier):
         return
-    left, replaced = parts.without({key}), [*parts.replaced]
-    try:
-        before = _read_pointer(output, parts.generation - 1)
-        record = _read_pointer(output, parts.generation)
-        taken_in = set(record["replaced"]) - set(before.get("replaced", ()))
-        compacted = {*before.get("latest", ()), *before.get("earlier", ())}
-        if compacted <= taken_in <= set(parts.replaced):
-            left = Parts((), tuple(before.get("latest", ())), tuple(before.get("earlier", ())))
-            replaced = [*parts.latest, *parts.earlier]
-    except (ValueError, FileNotFoundError):  # no pointer before this one that can be read
-        pass
-    if not _move_pointer(output, parts.generation + 1, left.latest, left.earlier, replaced):
+    left = _before_compaction(output, parts) or parts.without({key})
+    if not _move_pointer(output, parts.generation + 1, left.latest, left.earlier, left.replaced):
         raise ManifestError(f"a compaction of {output.url!r} has ended while {key!r} was set aside: verify it again")
+
+
+def _before_compaction(output: Store, parts: Parts) -> Parts | None:
+    """The compacted parts as they were before the last compaction, if all that it has replaced is still there."""
+    try:
+        before, record = (_read_pointer(output, parts.generation - back) for back in (1, 0))
+    except (ValueError, FileNotFoundError):  # a pointer that cannot be read
+        return None
+    latest, earlier = (tuple(before.get(kind, ())) for kind in ("latest", "earlier"))
+    taken_in = set(record["replaced"]) - set(before.get("replaced", ()))
+    if not {*latest, *earlier} <= taken_in <= set(parts.replaced):
+        return None
+    return Parts((), latest, earlier, replaced=(*parts.latest, *parts.earlier))
 
 
 def _move_pointer(

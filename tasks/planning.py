@@ -135,9 +135,6 @@ def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
         num_images -= batch
 
 
-_FOLDER = "diffcolor-plan-"
-
-
 class Plan:
     """What is to do, kept in a database on disk: shards are read from it as they are needed."""
 
@@ -225,6 +222,9 @@ def open_plan(
         _load_earlier(database, output)
         yield Plan(database, dict(done_before))
         database.close()
+
+
+_FOLDER = "diffcolor-plan-"
 
 
 @contextmanager

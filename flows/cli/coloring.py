@@ -224,7 +224,7 @@ def recolor(
     from tasks.storage import Store
 
     try:
-        last_record(Store(output))
+        last_record(Store(output))  # an address that no store answers at is told before the flow begins
         for _ in read_catalog(Store(output), catalog, RECOLOR_COLUMNS) or ():
             pass
     except (ValueError, OSError) as error:

@@ -65,8 +65,8 @@ def overrides_of(assignments: list[str] | None) -> dict[str, Any]:
     return overrides
 
 
-def fail(error: Exception, code: int) -> typer.Exit:
-    """Print the error; the exit to raise from it."""
+def fail(error: Exception | str, code: int) -> typer.Exit:
+    """Print the error, a terminal's commands in it written out; the exit to raise from it."""
     lines = "\n".join(map(visible, str(error).splitlines()))
     errors.print(f"diffcolor: {lines}", style="red", markup=False, highlight=False, soft_wrap=True)
     return typer.Exit(code)
@@ -84,7 +84,7 @@ def errors_told() -> Iterator[None]:
     except (ValueError, OutputBusyError) as error:
         raise fail(error, 2) from error
     except Exception as error:
-        raise fail(RuntimeError(f"{type(error).__name__}: {error}"), 1) from error
+        raise fail(f"{type(error).__name__}: {error}", 1) from error
 
 
 def print_table(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
