@@ -31,13 +31,13 @@ lint: setup
 	$(BIN)/hadolint deploy/docker/Dockerfile
 
 demo-model: setup  ## Train the demo model anew into out/demo-model; stopped, it goes on from its checkpoint.
-	$(BIN)/python -m diffcolor_core.demo.train --out out/demo-model
+	$(BIN)/python -m diffcolor_training.demo --out out/demo-model
 
 study: setup  ## The method against baselines and ablations; hours on a CPU, resumes.
 	$(BIN)/python -m benchmarks.quality
 
 evaluate: setup  ## Does the demo model obey its words?
-	$(BIN)/python -m diffcolor_core.demo.evaluate --num 40 --seed 7
+	$(BIN)/python -m diffcolor_training.evaluate --num 40 --seed 7
 
 chaos: setup  ## Faults injected into real runs, on a local disk and on S3; about two hours on 2 cores.
 	$(BIN)/python -m tests.faults.chaos --rounds 3 --json benchmarks/results/chaos.json

@@ -17,7 +17,7 @@ from typing import Annotated
 import fsspec
 import typer
 
-from tests.s3_server import free_port, start, stop
+from support.s3_server import free_port, start, stop
 
 ARCHIVE, OUTPUT = "s3://mixed/archive", "s3://mixed/out"
 
@@ -29,7 +29,7 @@ def main(
     """Half an hour on 2 CPU cores, a few minutes with --quick."""
     index = data / "hostile/index.csv"
     diffcolor = str(Path(sys.executable).with_name("diffcolor"))
-    run = [sys.executable, "-m", "tests.faults.driver"] if quick else [diffcolor]
+    run = [sys.executable, "-m", "support.driver"] if quick else [diffcolor]
     with tempfile.TemporaryDirectory() as temporary:
         server = Path(temporary, "server")
         os.environ.update(start(server, free_port()))

@@ -17,11 +17,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.about import record
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.config import Settings
 from diffcolor_core.formats import encode
-from diffcolor_core.study.cases import draw_cases
+from diffcolor_study.cases import draw_cases
+from support.record import record
 
 LARGE = {"scan 6000 x 4000": (6000, 4000), "panorama 12600 x 2200": (12600, 2200)}
 BATCH = 8

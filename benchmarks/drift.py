@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from diffcolor_core.alignment import align_chroma
 from diffcolor_core.color import lock_luminance, srgb_to_lab
 from diffcolor_core.config import AlignmentSettings, SamplingSettings
-from diffcolor_core.demo.scenes import Scene, nearest_color
 from diffcolor_core.fits import chroma_of
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.sampling import generate
-from diffcolor_core.study.cases import Case, draw_cases
+from diffcolor_study.cases import Case, draw_cases
+from diffcolor_study.scenes import Scene, nearest_color
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

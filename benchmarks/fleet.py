@@ -22,9 +22,9 @@ import numpy as np
 import psutil
 import typer
 
-from benchmarks.about import record
 from benchmarks.fleet_worker import SLEEP_SECONDS, FleetWorker
 from benchmarks.pipeline import make_archive
+from support.record import record
 from tasks.manifest import query
 from tasks.storage import Store
 from tasks.verify import verify

@@ -19,8 +19,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from benchmarks.about import record
 from benchmarks.sleeper import SECONDS, SleepingWorker
+from support.record import record
 from tasks.manifest import query
 from tasks.storage import Store
 

@@ -18,8 +18,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.about import record
 from diffcolor_core import preset
+from support.record import record
 from tasks.archive import read_catalog
 from tasks.planning import RunConfig, open_plan
 from tasks.storage import Store

@@ -14,10 +14,10 @@ from typing import Annotated
 import matplotlib
 import typer
 
-from benchmarks.about import about as about_machine
 from diffcolor_core import preset
 from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
-from diffcolor_core.study import run_study, summarise
+from diffcolor_study import run_study, summarise
+from support.record import about as about_machine
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.about import record
+from support.record import record
 from tasks.manifest import commit_part, compact, query
 from tasks.storage import Store
 

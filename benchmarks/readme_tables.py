@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from benchmarks.quality import RIVALS
-from diffcolor_core.study import METHODS
+from diffcolor_study import METHODS
 
 HEAD = """# The method, its rivals and its parts
 

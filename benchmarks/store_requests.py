@@ -12,11 +12,11 @@ from typing import Annotated
 import fsspec
 import typer
 
-from benchmarks.about import record
-from tests.conftest import save_tiny_checkpoint
-from tests.faults.harness import Bench, make_archive
-from tests.faults.proxy import faulty_proxy
-from tests.s3_server import free_port, start, stop
+from support.checkpoints import save_tiny_checkpoint
+from support.proxy import faulty_proxy
+from support.record import record
+from support.runs import Bench, make_archive
+from support.s3_server import free_port, start, stop
 
 
 def main(

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.about import record
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.config import Settings
-from tests.architectures import save_architecture
+from support.checkpoints import save_architecture
+from support.record import record
 
 
 def quick(settings: Settings, steps: int, rank: int | None) -> Settings:

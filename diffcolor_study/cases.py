@@ -1,4 +1,4 @@
-"""What is asked of a method: scenes, their gray scans, and prompts whose colours the truth does not give away."""
+"""The questions put to a method: gray scenes with prompts whose colours are unrelated to the truth."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,9 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from diffcolor_core.demo.evaluate import asked_colors, picture_of
-from diffcolor_core.demo.scenes import Scene, SceneSpec, caption, draw_color, draw_scene, recolored, render
 from diffcolor_core.images import Picture
+from diffcolor_study.pictures import picture_of
+from diffcolor_study.scenes import (
+    Scene,
+    SceneSpec,
+    asked_colors,
+    caption,
+    draw_color,
+    draw_scene,
+    recolored,
+    render,
+)
 
 TASKS = ("automatic", "full-prompt", "edit")
 
@@ -17,10 +26,10 @@ TASKS = ("automatic", "full-prompt", "edit")
 class Case:
     """One scene and one question about it.
 
-    gray, truth: the scene in gray and in its own colours, uint8. start: the coloured picture that is
-    to be edited (task "edit" only). asked: for each region the colour word wanted, None where the
-    method is free. edited: the region whose word differs between `prompt` and `edited_prompt` (task
-    "edit": between the start and `prompt`).
+    gray, truth: the scene in gray and in its own colours, uint8. start: the coloured picture to edit
+    (task "edit" only). asked: the colour word wanted for each region, None where any colour will do.
+    edited: the index of the region whose colour word changes, from `prompt` to `edited_prompt` or, in
+    task "edit", from `start` to `prompt`.
     """
 
     scene: Scene
@@ -35,10 +44,10 @@ class Case:
 
 
 def draw_cases(task: str, num: int, seed: int, size_px: int) -> Iterator[Case]:
-    """`num` scenes of two objects, table and wall, drawn from `seed`, each `size_px` square.
+    """Draw `num` scenes of two objects, a table and a wall from `seed`, each `size_px` square.
 
-    automatic: a caption without colours. full-prompt: a colourless context and a target that names
-    every colour, all drawn anew. edit: the true picture, one of whose four colours is to change.
+    automatic: the caption names no colours. full-prompt: the context names none, the target names a new
+    one for every region. edit: the picture starts in its true colours, and one of the four is to change.
     Raises ValueError for an unknown task.
     """
     if task not in TASKS:
@@ -65,7 +74,7 @@ def draw_cases(task: str, num: int, seed: int, size_px: int) -> Iterator[Case]:
 
 
 def one_recolored(spec: SceneSpec, index: int, rng: np.random.Generator) -> SceneSpec:
-    """The same scene with another colour for the region number `index`."""
+    """The same scene with another colour word for region `index`."""
     region = spec.regions[index]
     color: dict[str, Any] = {"color": region.color}
     while color["color"] == region.color:

@@ -1,4 +1,4 @@
-"""The methods that are compared: DiffColor, its ablations, and the baselines, all as settings of one code."""
+"""The methods that the study compares: DiffColor, its ablations and the baselines, all as settings of one code."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from diffcolor_core.config import Settings
 
 @dataclass(frozen=True)
 class Method:
-    """Settings derived from the preset's; `fit_on_target`: the fit's context prompt is the target itself."""
+    """A change of the preset's settings. fit_on_target: the target prompt is also the fit's context prompt."""
 
     derive: Callable[[Settings], Settings]
     description: str
@@ -17,7 +17,7 @@ class Method:
 
 
 def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
-    """A change of settings: `_with(stage1={"num_steps": 0})`."""
+    """A change of some settings: `_with(stage1={"num_steps": 0})`."""
 
     def derive(settings: Settings) -> Settings:
         fields = settings.model_dump()
@@ -27,7 +27,7 @@ def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
 
 
 def _steps(factor: float) -> Callable[[Settings], Settings]:
-    """As many optimisation steps times `factor`."""
+    """All three numbers of optimisation steps times `factor`."""
 
     def derive(settings: Settings) -> Settings:
         one, two = settings.stage1, settings.stage2
@@ -37,17 +37,21 @@ def _steps(factor: float) -> Callable[[Settings], Settings]:
     return derive
 
 
-_PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": False, "regional_prompts": False}
-_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), **_PAPERS}
+def _alpha(value: float) -> dict[str, Any]:
+    return {"alphas": (value,)}
+
+
+_PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False}
+_NO_FIT = {"embedding_steps": 0, "model_steps": 0, **_alpha(1.0), **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False}
 
 
 def chosen_methods(names: Iterable[str]) -> dict[str, Method]:
-    """The methods of these names. Raises ValueError for an unknown one, with the known ones."""
+    """The methods of these names. Raises ValueError for an unknown name, listing the known ones."""
     listed = list(names)
     if unknown := [name for name in listed if name not in METHODS]:
-        raise ValueError(f"no method {', '.join(unknown)}: choose of {', '.join(METHODS)}")
+        raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join(METHODS)}")
     return {name: METHODS[name] for name in listed}
 
 
@@ -57,11 +61,12 @@ METHODS: dict[str, Method] = {
     "img2img": Method(
         _with(**_PLAIN, stage2=_NO_FIT, sampling=_OFF), "noised gray latent, target prompt, luminance lock"
     ),
+    "img2img-projected": Method(_with(**_PLAIN, stage2=_NO_FIT), "img2img with luminance projection at each step"),
     "text-to-image": Method(
-        _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "pure noise, luminance transfer"
+        _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "from pure noise, luminance lock"
     ),
     "imagic": Method(
-        _with(**_PLAIN, stage2={"alphas": (1.2,), **_PAPERS}, sampling=_OFF),
+        _with(**_PLAIN, stage2={**_alpha(1.2), **_PAPERS}, sampling=_OFF),
         "stage 2 on the gray picture, without stage 1",
     ),
     "stage1": Method(
@@ -69,52 +74,27 @@ METHODS: dict[str, Method] = {
         "stage 1 alone, fitted to the target prompt",
         fit_on_target=True,
     ),
-    # the same with the parts that are ours
-    "img2img-projected": Method(_with(**_PLAIN, stage2=_NO_FIT), "img2img with luminance projection at each step"),
-    "img2img-ours": Method(
-        _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True}),
-        "img2img with projection, alignment and the plain context prompt as negative",
-    ),
-    "img2img-regional": Method(
-        _with(stage1={"enabled": False}, stage2=_NO_FIT | {"negative_context": True, "regional_prompts": True}),
-        "the same with regional prompts",
-    ),
-    # ablations of the full method
-    "no-fit": Method(_with(stage2={"embedding_steps": 0, "model_steps": 0}), "without stage 2's optimisation"),
+    # ablations of stage 1
     "no-stage1": Method(_with(stage1={"enabled": False}), "without stage 1"),
-    "with-stage1": Method(_with(stage1={"enabled": True}), "with stage 1"),
-    "untrained-stage1": Method(
-        _with(stage1={"enabled": True, "num_steps": 0}), "the primary by the model as it is, no stage-1 training"
-    ),
-    "no-contrastive": Method(_with(stage1={"enabled": True, "contrastive_weight": 0.0}), "stage 1, equation (1) off"),
-    "no-anti-color": Method(
-        _with(stage1={"enabled": True, "anti_color_prompts": ("",)}), "stage 1, an empty negative prompt"
-    ),
-    "noise-target": Method(
-        _with(stage1={"enabled": True, "diffusion_target": "noise"}), "stage 1, equation (2) as in the paper"
-    ),
-    "all-timesteps": Method(_with(stage1={"enabled": True, "max_timestep": 1.0}), "stage 1 over the whole schedule"),
-    "half-steps": Method(_steps(0.5), "half the optimisation steps"),
-    "double-steps": Method(_steps(2), "twice the optimisation steps"),
+    "untrained-stage1": Method(_with(stage1={"num_steps": 0}), "the primary from the model as it is, no training"),
+    "no-contrastive": Method(_with(stage1={"contrastive_weight": 0.0}), "stage 1 without equation (1)"),
+    "no-anti-color": Method(_with(stage1={"anti_color_prompts": ("",)}), "equation (1) against an empty prompt"),
+    "no-views": Method(_with(stage1={"num_views": 0}), "CLIP judges the whole picture only, as in the paper"),
+    "no-early-stop": Method(_with(stage1={"stop_below": 0.0}), "stage 1 runs all its steps, as in the paper"),
+    "noise-target": Method(_with(stage1={"diffusion_target": "noise"}), "equation (2) as in the paper"),
+    "all-timesteps": Method(_with(stage1={"max_timestep": 1.0}), "stage 1 over the whole noise schedule"),
+    # ablations of stage 2 and of sampling
+    "no-fit": Method(_with(stage2={"embedding_steps": 0, "model_steps": 0}), "without stage 2's optimisation"),
+    "no-identifiers": Method(_with(stage2={"use_identifiers": False}), "without identifiers"),
+    "adapters": Method(_with(stage2={"adapter_rank": 4, "model_learning_rate": 1e-3}), "low-rank adapters of rank 4"),
+    "alpha-0.8": Method(_with(stage2=_alpha(0.8)), "alpha 0.8"),
+    "alpha-1.2": Method(_with(stage2=_alpha(1.2)), "alpha 1.2"),
+    "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
+    "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
+    "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
     "no-projection": Method(_with(sampling=_OFF), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
-    "vae-alignment": Method(_with(alignment={"enabled": True, "features": "vae"}), "alignment by VAE features"),
-    "no-identifiers": Method(_with(stage2={"use_identifiers": False}), "without identifiers"),
-    "full-weights": Method(_with(stage2={"adapter_rank": None}), "all UNet weights instead of adapters"),
-    "adapters": Method(_with(stage2={"adapter_rank": 4, "model_learning_rate": 1e-3}), "low-rank adapters of rank 4"),
-    "alpha-0.8": Method(_with(stage2={"alphas": (0.8,)}), "alpha 0.8"),
-    "alpha-1.0": Method(_with(stage2={"alphas": (1.0,)}), "alpha 1.0"),
-    "alpha-1.2": Method(_with(stage2={"alphas": (1.2,)}), "alpha 1.2"),
-    "alpha-auto": Method(_with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4)}), "the best of four alphas"),
-    "alpha-auto-weighted": Method(
-        _with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": (1.3, 1.6)}),
-        "the best of four alphas, ignored words exaggerated",
-    ),
-    "word-weights": Method(_with(stage2={"word_weights": (1.5, 2.0)}), "colour words exaggerated where ignored"),
-    "negative-context": Method(_with(stage2={"negative_context": True}), "the plain context prompt as negative prompt"),
-    "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
-    "regional": Method(_with(stage2={"regional_prompts": True}), "each noun's region under its own colour alone"),
-    "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
-    "keep": Method(_with(stage2={"keep_unchanged": True}), "unchanged nouns keep their colour"),
-    "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
+    # ablations of both stages
+    "half-steps": Method(_steps(0.5), "half the optimisation steps"),
+    "double-steps": Method(_steps(2), "twice the optimisation steps"),
 }

@@ -1,4 +1,4 @@
-"""LPIPS, FID and KID by torchmetrics: the field's figures, which need networks that others have trained."""
+"""LPIPS, FID and KID from torchmetrics. They need networks trained by others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,28 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 @dataclass(frozen=True)
 class Perceptual:
-    """lpips: two pictures [B, 3, H, W] in [0, 1] to their distance. inception: uint8 pictures to features [B, d]."""
+    """The two networks.
+
+    lpips: maps two pictures [B, 3, H, W] in [0, 1] to their distance. inception: maps uint8 pictures
+    [B, 3, H, W] to features [B, d].
+    """
 
     lpips: nn.Module
     inception: nn.Module
 
     @classmethod
     def load(cls) -> "Perceptual":
-        """AlexNet for LPIPS, Inception v3 for FID and KID, from torch's cache or the network.
+        """Load AlexNet (LPIPS) and Inception v3 (FID, KID) from torch's cache, or download them.
 
-        Raises ValueError where their packages or weights are not to be had.
+        Raises ValueError if their packages or weights are not available.
         """
         try:
             lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
             return cls(lpips, FrechetInceptionDistance(feature=2048).inception)
         except (ImportError, OSError) as error:
             raise ValueError(
-                "LPIPS, FID and KID need pretrained networks: `pip install torchvision torch-fidelity`, once with "
-                f"access to the network for their weights ({error})"
+                "LPIPS, FID and KID need pretrained networks: `pip install torchvision torch-fidelity` and, on first "
+                f"use, network access for their weights ({error})"
             ) from error
 
     def distance(self, x: Tensor, y: Tensor) -> float:
@@ -37,7 +41,7 @@ class Perceptual:
         return float(self.lpips(x[None].float(), y[None].float()))
 
     def set_distances(self, truths: Sequence[Tensor], pictures: Sequence[Tensor]) -> dict[str, float]:
-        """fid and kid between two sets of at least 2 pictures [3, H, W] in [0, 1]; of few pictures they say little."""
+        """FID and KID between two sets of at least two pictures [3, H, W] in [0, 1]; unreliable for small sets."""
         fid = FrechetInceptionDistance(feature=self.inception)
         kid = KernelInceptionDistance(feature=self.inception, subset_size=min(50, len(truths)))
         for metric in (fid, kid):

@@ -1,4 +1,4 @@
-"""Fidelity on real colour photographs: turned gray, coloured again, compared with what they were."""
+"""Fidelity on colour photographs: each is turned gray, coloured again and compared with its original."""
 
 import csv
 import math
@@ -17,9 +17,10 @@ from diffcolor_core.formats import encode
 from diffcolor_core.images import Picture, gray_input, read_picture, read_scan, resize
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
-from diffcolor_core.study.methods import chosen_methods
-from diffcolor_core.study.perceptual import Perceptual
-from diffcolor_core.study.runner import Scores, judged
+from diffcolor_study.methods import chosen_methods
+from diffcolor_study.perceptual import Perceptual
+from diffcolor_study.pictures import picture_of, rgb_of
+from diffcolor_study.runner import Scores, judged
 
 
 def run_photographs(
@@ -36,16 +37,19 @@ def run_photographs(
     perceptual: Perceptual | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Scores]:
-    """Scores per method over the first `num` photographs that the catalog.csv in `photos` names.
+    """Scores per method and figure over the first `num` photographs in `photos`/catalog.csv.
 
-    Its columns are image, context_prompt, target_prompt (used where given). Each photograph is reduced
-    to `longest_px` first. judge: a checkpoint whose CLIP no method was optimised with. perceptual: for
-    lpips, fid and kid. Raises ValueError for a catalog without such columns or an unknown method.
+    The catalog's columns are image, context_prompt and, optionally, target_prompt. Each photograph is
+    first reduced so that its longer side is at most `longest_px`. judge: a checkpoint whose CLIP guided
+    no method. perceptual: adds lpips, fid and kid. Raises ValueError for a catalog without these columns
+    and for an unknown method.
     """
     with (photos / "catalog.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:num]
     if not rows or not {"image", "context_prompt"} <= rows[0].keys():
-        raise ValueError(f"{photos / 'catalog.csv'} needs rows with the columns image, context_prompt, target_prompt")
+        raise ValueError(
+            f"{photos / 'catalog.csv'} needs rows with the columns image and context_prompt (target_prompt is optional)"
+        )
     chosen = chosen_methods(methods)
     figures: dict[str, Scores] = {name: {} for name in chosen}
     done = 0
@@ -67,23 +71,23 @@ def run_photographs(
             if judge is not None:
                 scores |= judged(judge, saved, target or context, context, pipe.settings.stage1.anti_color_prompts)
             if perceptual is not None:
-                scores["lpips"] = perceptual.distance(_unit(saved), _unit(truth))
+                scores["lpips"] = perceptual.distance(rgb_of(saved), rgb_of(truth))
             for figure, value in scores.items():
                 figures[name].setdefault(figure, []).append(value)
             done += 1
             progress(name, done, len(rows) * len(chosen))
     if perceptual is not None and len(rows) > 1:
         places = [folder / "photographs" / Path(row["image"]).stem for row in rows]
-        truths = [_unit(read_picture(place / "truth.png")) for place in places]
+        truths = [rgb_of(read_picture(place / "truth.png")) for place in places]
         for name in chosen:
-            pictures = [_unit(read_picture(place / f"{name}.png")) for place in places]
+            pictures = [rgb_of(read_picture(place / f"{name}.png")) for place in places]
             figures[name] |= {key: [value] for key, value in perceptual.set_distances(truths, pictures).items()}
     return figures
 
 
 def fidelity(truth: Picture, picture: Picture) -> dict[str, float]:
-    """PSNR (dB) and SSIM of sRGB, SSIM of L*, colourfulness and its distance to the truth's as a share of it."""
-    x, y = _unit(picture)[None], _unit(truth)[None]
+    """PSNR (dB) and SSIM of sRGB, SSIM of L*, colourfulness, and its distance to the truth's as a share of that."""
+    x, y = rgb_of(picture)[None], rgb_of(truth)[None]
     ssim = structural_similarity_index_measure(x, y, data_range=1.0)
     ssim_l = structural_similarity_index_measure(lightness(x) / 100, lightness(y) / 100, data_range=1.0)
     psnr = float(peak_signal_noise_ratio(x, y, data_range=1.0))
@@ -99,19 +103,11 @@ def fidelity(truth: Picture, picture: Picture) -> dict[str, float]:
     }
 
 
-def _unit(picture: Picture) -> Tensor:
-    return torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1).double() / 255
-
-
-def _picture(rgb: Tensor) -> Picture:
-    return Picture((rgb.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
-
-
 def _reduced(picture: Picture, longest_px: int) -> Picture:
     rgb = torch.from_numpy(np.array(picture.to_pil().convert("RGB"))).permute(2, 0, 1).float() / 255
     scale = min(1.0, longest_px / max(rgb.shape[-2:]))
-    return _picture(resize(rgb, (round(rgb.shape[-2] * scale), round(rgb.shape[-1] * scale))))
+    return picture_of(resize(rgb, (round(rgb.shape[-2] * scale), round(rgb.shape[-1] * scale))))
 
 
 def _gray_of(picture: Picture) -> Picture:
-    return _picture((gray_input(read_scan(encode(picture, "png")).lightness) + 1) / 2)
+    return picture_of((gray_input(read_scan(encode(picture, "png")).lightness) + 1) / 2)

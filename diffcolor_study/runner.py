@@ -1,4 +1,4 @@
-"""Run methods over cases, save what they make, score the saved files, give means with intervals."""
+"""Run methods over cases, save their pictures, score the saved files, and summarise the scores."""
 
 import math
 import resource
@@ -15,16 +15,16 @@ from torch import Tensor
 from diffcolor_core.color import lightness
 from diffcolor_core.colorizer import DiffColor, Result
 from diffcolor_core.config import Settings
-from diffcolor_core.demo.evaluate import lab_of
 from diffcolor_core.images import Picture, read_picture
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
-from diffcolor_core.study.cases import Case, draw_cases
-from diffcolor_core.study.methods import Method, chosen_methods
-from diffcolor_core.study.scores import leakage, region_right, region_scores
+from diffcolor_study.cases import Case, draw_cases
+from diffcolor_study.methods import Method, chosen_methods
+from diffcolor_study.pictures import lab_of
+from diffcolor_study.scores import leakage, region_right, region_scores
 
 Scores = dict[str, list[float]]
-EDIT_LEAKAGE = 3.0  # Delta E_ab up to which an edit counts as kept to its region
+EDIT_LEAKAGE = 3.0  # an edit succeeds only if the rest of the picture changes by at most this Delta E_ab
 
 
 def run_study(
@@ -39,10 +39,11 @@ def run_study(
     judge: Checkpoint | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Scores]:
-    """Scores per method and figure, one value a scene (NaN where a figure does not apply).
+    """Scores per method and figure, one value per scene (NaN where a figure does not apply).
 
-    Every picture is saved as PNG below `folder` and scored as read back from there. judge: a
-    checkpoint whose CLIP no method was optimised with. Raises ValueError for an unknown task or method.
+    Every picture is saved as PNG below `folder` and scored as read back. judge: a checkpoint whose CLIP
+    guided no method; it adds the figures of `judged`. progress: called with (method, done, total) after
+    each picture. Raises ValueError for an unknown task or method.
     """
     chosen = chosen_methods(methods)
     figures: dict[str, Scores] = {name: {} for name in chosen}
@@ -65,12 +66,12 @@ def _score_one(
     pipe: DiffColor, method: Method, case: Case, stem: Path, seed: int, judge: Checkpoint | None
 ) -> dict[str, float]:
     gray = case.gray.encode_png()
-    # In the edit task stage 1 has nothing to do: the picture is coloured already.
+    # In the edit task the picture is coloured already, so stage 1 is skipped.
     context = case.prompt if method.fit_on_target and case.prompt is not None else case.context_prompt
     fit = pipe.fit(gray, context, seed=seed, primary=case.start)
     target = None if method.fit_on_target and case.start is None else case.prompt
     if target is None and not pipe.settings.stage1.enabled:
-        target = case.context_prompt  # what is gray after the fit is coloured by its caption
+        target = case.context_prompt  # without stage 1 the fit is gray: its own caption colours it
     result = pipe.recolor(fit, target)
     lab = lab_of(_saved(result.image, stem))
     own = lab_of(case.gray)
@@ -89,17 +90,17 @@ def _score_one(
     if judge is not None:
         anti_color = pipe.settings.stage1.anti_color_prompts
         figures |= judged(judge, result.image, case.prompt or case.context_prompt, case.context_prompt, anti_color)
-        if case.prompt is None:  # what the truth gets is what can be had; the gray scan shows what the judge can tell
+        if case.prompt is None:  # the truth and the gray scan show the range that the judge can tell apart
             for name, picture in (("truth", case.truth), ("gray", case.gray)):
                 known = judged(judge, picture, case.context_prompt, case.context_prompt, anti_color)
                 figures |= {f"{figure}_of_{name}": known[figure] for figure in ("clip_similarity", "clip_margin")}
     if case.edited is None:
         return figures
     mask = case.scene.masks[case.edited]
-    if case.start is None:  # one word changed in the picture just made, and in one made anew
+    if case.start is None:  # change one word: once starting from the finished picture, once from the gray scan
         assert case.edited_prompt is not None
         edited = stem.with_name(stem.name + "-edited")
-        if method.fit_on_target:  # its colours are fixed by the fit: another prompt is another fit
+        if method.fit_on_target:  # the fit fixes its colours, so another prompt needs another fit
             changed = anew = pipe.recolor(pipe.fit(gray, case.edited_prompt, seed=seed))
         else:
             changed, anew = (pipe.recolor(fit, case.edited_prompt, base=base) for base in (result, None))
@@ -123,8 +124,8 @@ def _saved(picture: Picture, stem: Path) -> Picture:
 
 
 def _before_lock(result: Result, small_lightness: Tensor) -> dict[str, float]:
-    """mean_ and p99_abs_delta_l_before_lock: of what the model made, at working size."""
-    if result.generated is None:  # the picture came coloured
+    """Mean and p99 |Delta L*| between the model's own output and the scan, at working size, before the lock."""
+    if result.generated is None:  # the picture was coloured before the study began
         return {}
     delta = (lightness((result.generated + 1) / 2) - small_lightness).abs()
     return {
@@ -143,10 +144,11 @@ def _peak_memory_bytes(device: torch.device) -> float:
 def judged(
     judge: Checkpoint, picture: Picture, prompt: str, context_prompt: str, anti_color: tuple[str, ...]
 ) -> dict[str, float]:
-    """What a CLIP says of a picture.
+    """How the judge's CLIP rates a picture.
 
-    clip_similarity: with the prompt. clip_margin: with the context prompt, less that with the anti-colour
-    prompt that fits best: the two sides of equation (1). anti_color_look: 1 if the margin is negative.
+    clip_similarity: cosine similarity to `prompt`. clip_margin: similarity to the context prompt minus
+    that to the best-fitting anti-colour prompt, the two sides of equation (1). anti_color_look: 1 if the
+    margin is negative, else 0.
     """
     x = torch.from_numpy(picture.pixels[..., :3]).permute(2, 0, 1)[None].float().to(judge.device) / 127.5 - 1
     text = judge.clip_text_features([prompt, context_prompt, *anti_color])
@@ -156,10 +158,10 @@ def judged(
 
 
 def summarise(figures: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean of each figure with its bootstrap 95% interval (percentile, 2,000 resamples, seed 0).
+    """The mean of each figure with its bootstrap 95% interval (percentile, 2,000 resamples, seed 0).
 
-    All but the first method also get `difference`, the same of their scenes' values minus the first
-    method's for the same scenes: pairs show what separate intervals hide.
+    Every method after the first also gets `difference`: mean and interval of the per-scene differences
+    to the first method. Paired differences can be significant where the separate intervals overlap.
     """
     first = next(iter(figures.values()), {})
     summary = {}
@@ -183,7 +185,7 @@ def _interval(values: np.ndarray) -> dict[str, Any]:
     if len(values) < 2 or np.ptp(values) == 0:
         return {"mean": mean, "low": mean, "high": mean, "scenes": len(values)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of degenerate resamples
+        warnings.simplefilter("ignore")  # scipy warns about degenerate resamples
         interval = bootstrap(
             (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval

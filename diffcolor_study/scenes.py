@@ -1,7 +1,7 @@
 """Rendered scenes: shaded objects on a table before a wall, with masks, true colours and captions.
 
-L* and hue are drawn independently of each other, so that the gray picture says nothing about the
-colours: whatever colours a model gives, it has them from the prompt or from its prior.
+L* and hue are drawn independently of each other. The gray picture therefore says nothing about the
+colours: a model can take them only from the prompt or from its own prior.
 """
 
 import math
@@ -21,13 +21,13 @@ COLOR_WORDS = (*HUES, *NEUTRALS)
 OBJECT_KINDS = ("ball", "box", "cone", "bottle", "bowl", "vase")
 STYLES = ("photo", "grayscale", "scratched", "brownish")
 
-LIGHTNESS_RANGE = (36.0, 78.0)  # every hue reaches a chroma of 25 in between
+LIGHTNESS_RANGE = (36.0, 78.0)  # every hue reaches a chroma of 25 within it
 REFERENCE_CHROMA = 36.0  # of the reference colours that `nearest_color` compares with
 
 
 @dataclass(frozen=True)
 class Region:
-    """One nameable thing: its noun, the word and measure of its colour, and where it is."""
+    """One thing that a caption names: its noun, its colour (as a word and in numbers) and its place."""
 
     noun: str
     color: str
@@ -39,12 +39,12 @@ class Region:
     base_y: float = 1.0
     width: float = 1.0
     height: float = 1.0
-    """Centre, base line and extent in fractions of the picture's side."""
+    """Centre, base line and extent, as fractions of the picture's side."""
 
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """All that a picture is rendered from. The order of `objects` is the order in the caption."""
+    """Everything that determines a rendered picture. `objects` are in the caption's order."""
 
     objects: tuple[Region, ...]
     table: Region
@@ -57,7 +57,7 @@ class SceneSpec:
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Objects in the caption's order, table, wall: the order of masks and of caption phrases."""
+        """Objects, table, wall: the order of the masks and of the caption's phrases."""
         return (*self.objects, self.table, self.wall)
 
 
@@ -79,7 +79,10 @@ class Scene:
 
 
 def draw_color(rng: np.random.Generator, base_lightness: float, *, neutral_share: float = 0.14) -> dict[str, object]:
-    """A colour word with its hue and chroma, drawn without looking at L* (the neutrals' word excepted)."""
+    """Draw a colour word with its hue (degrees) and chroma.
+
+    A hue is independent of L*; a neutral's word (black, gray, white) follows from it.
+    """
     if rng.random() < neutral_share:
         word = "white" if base_lightness > 68 else "black" if base_lightness < 45 else "gray"
         word = "gray" if rng.random() < 0.3 else word
@@ -130,7 +133,7 @@ def draw_scene(rng: np.random.Generator, *, num_objects: int | None = None, styl
 
 
 def recolored(spec: SceneSpec, rng: np.random.Generator) -> SceneSpec:
-    """The counterfactual: the same scene, every region with a colour other than its own."""
+    """The same scene with another colour word for every region."""
 
     def other(region: Region) -> Region:
         while True:
@@ -142,7 +145,7 @@ def recolored(spec: SceneSpec, rng: np.random.Generator) -> SceneSpec:
 
 
 def objects_swapped(spec: SceneSpec) -> SceneSpec:
-    """The two objects' colours exchanged; a scene of one object stays as it is."""
+    """The same scene with its two objects' colours exchanged; a scene of one object is returned unchanged."""
     if len(spec.objects) != 2:
         return spec
     colors: list[dict[str, Any]] = [
@@ -156,10 +159,11 @@ def objects_swapped(spec: SceneSpec) -> SceneSpec:
 
 
 def caption(spec: SceneSpec, *, colors: bool | tuple[bool, ...] = True, rng: np.random.Generator | None = None) -> str:
-    """Describe a scene. `colors` says for each region (or for all) whether its colour word is given.
+    """Describe a scene.
 
-    With `rng`, the wording varies; without, it is "a red ball and a blue box on a green table
-    before a yellow wall". The anti-colour styles are captioned as what they are.
+    colors: whether the colour words are given, for all regions or for each. rng: varies the wording;
+    without it the caption reads "a red ball and a blue box on a green table before a yellow wall".
+    The anti-colour styles are named ("a grayscale photograph of ...") and get no colour words.
     """
     given = (colors,) * len(spec.regions) if isinstance(colors, bool) else colors
     if spec.style != "photo":
@@ -185,7 +189,7 @@ def caption(spec: SceneSpec, *, colors: bool | tuple[bool, ...] = True, rng: np.
 
 @lru_cache(maxsize=1)
 def _gamut_table() -> Tensor:
-    """Largest chroma for each (whole degree of hue, whole L*): [360, 101]."""
+    """Largest chroma in sRGB for each whole degree of hue and whole L*: [360, 101]."""
     hue = torch.deg2rad(torch.arange(360.0))
     lab = torch.stack(
         (
@@ -198,7 +202,7 @@ def _gamut_table() -> Tensor:
 
 
 def _profile(kind: str, t: np.ndarray) -> np.ndarray:
-    """Half width of a solid of revolution at height t (0 base, 1 top), as a fraction of its full width."""
+    """Half the width of a solid of revolution at height t (0 base, 1 top), as a fraction of its full width."""
     if kind == "cone":
         return 0.5 * (1 - t) + 0.02
     if kind == "bottle":
@@ -214,7 +218,7 @@ _HEIGHT = {"ball": 1.0, "box": 0.95, "cone": 1.25, "bottle": 1.55, "bowl": 0.62,
 
 
 def _draw_object(region: Region, x: np.ndarray, y: np.ndarray, light_x: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage (0 or 1) and change of L* by shading, at the sample points x, y in [0, 1]."""
+    """Whether the object covers each sample point (x, y in [0, 1]), and how its shading changes L* there."""
     width = region.width
     height = width * _HEIGHT[region.noun] * region.height
     u = (x - region.center_x) / width  # -0.5 .. 0.5 over the object's width
@@ -241,7 +245,7 @@ def _draw_object(region: Region, x: np.ndarray, y: np.ndarray, light_x: float) -
 
 
 def _layout(spec: SceneSpec, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which region each of side x side sample points belongs to, and its change of L* by light and shadow."""
+    """For side x side sample points: the index of their region, and how light and shadow change L* there."""
     x, y = np.meshgrid((np.arange(side) + 0.5) / side, (np.arange(side) + 0.5) / side)
     on_table = y > spec.horizon_y
     ids = np.where(on_table, len(spec.objects), len(spec.objects) + 1)
@@ -260,13 +264,13 @@ def _layout(spec: SceneSpec, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def region_cells(spec: SceneSpec, cells: int) -> np.ndarray:
-    """Which region of `spec.regions` lies at the middle of each of cells x cells squares, uint8."""
+    """The index in `spec.regions` of the region at the centre of each cell: uint8 [cells, cells]."""
     return _layout(spec, cells)[0].astype(np.uint8)
 
 
 def render(spec: SceneSpec, size_px: int = 64) -> Scene:
-    """Render a scene as a square picture of `size_px`."""
-    fine = size_px * 2  # 2 x 2 samples a pixel
+    """Render a scene as a square picture of side `size_px`."""
+    fine = size_px * 2  # 2 x 2 samples per pixel
     noise = np.random.default_rng(spec.noise_seed)
     ids, delta = _layout(spec, fine)
 
@@ -312,7 +316,7 @@ def _apply_style(rgb: Tensor, style: str, noise: np.random.Generator) -> Tensor:
 
 
 def reference_colors() -> dict[str, tuple[float, float]]:
-    """a*, b* of each colour word; the three neutrals share the origin, since L* is what tells them apart."""
+    """a*, b* of each hue and of "neutral". Black, gray and white share the origin: only L* tells them apart."""
     named = {
         word: (REFERENCE_CHROMA * math.cos(math.radians(h)), REFERENCE_CHROMA * math.sin(math.radians(h)))
         for word, h in HUES.items()
@@ -321,6 +325,11 @@ def reference_colors() -> dict[str, tuple[float, float]]:
 
 
 def nearest_color(a: float, b: float) -> str:
-    """The colour word nearest to a*, b*: one of HUES, or "neutral"."""
+    """The word whose reference colour is nearest to a*, b*: one of HUES, or "neutral"."""
     references = reference_colors()
     return min(references, key=lambda word: math.dist((a, b), references[word]))
+
+
+def asked_colors(spec: SceneSpec) -> list[str]:
+    """For each region the word that its caption gives it, with "neutral" for black, gray and white."""
+    return ["neutral" if region.color in NEUTRALS else region.color for region in spec.regions]

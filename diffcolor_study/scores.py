@@ -5,19 +5,34 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.demo.evaluate import eroded
-from diffcolor_core.demo.scenes import nearest_color, reference_colors
-from diffcolor_core.study.cases import Case
+from diffcolor_core.images import Picture
+from diffcolor_study.cases import Case
+from diffcolor_study.pictures import lab_of
+from diffcolor_study.scenes import Scene, nearest_color, reference_colors
 
-BAND_PX = 3  # width of the ring around a region, at a picture side of 64
+BAND_PX = 3  # width of the ring around a region in a picture of side 64; scaled with the side
+
+
+def eroded(mask: Tensor, radius: int = 1) -> Tensor:
+    """The pixels of a mask [H, W] whose whole neighbourhood is covered; all its pixels if there are none."""
+    size = 2 * radius + 1
+    inner = -F.max_pool2d(-mask[None, None], size, stride=1, padding=radius)[0, 0] > 0.99
+    return inner if bool(inner.any()) else mask > 0.5
+
+
+def region_colors(picture: Picture, scene: Scene) -> list[str]:
+    """For each region the colour word nearest to the median a*, b* of its eroded mask."""
+    lab = lab_of(picture)
+    return [nearest_color(*lab[1:, eroded(mask)].median(dim=1).values.tolist()) for mask in scene.masks]
 
 
 def region_scores(case: Case, lab: Tensor) -> dict[str, float]:
-    """How the asked colours came out. NaN where nothing of the kind was asked.
+    """How well the picture, L*a*b* [3, H, W], shows the colours asked for.
 
-    object_color_accuracy: regions with a hue asked whose median a*b* is nearest to it.
-    neutral_accuracy: the same for black, gray and white. all_right_per_image: 1 if every region is.
-    ab_distance: median a*b* to the reference colour; chroma: of the regions with a hue asked.
+    object_color_accuracy: share of the regions with a hue asked whose median a*b* is nearest to it.
+    neutral_accuracy: the same for black, gray and white. all_right_per_image: 1 if every region is right.
+    ab_distance: mean distance from a region's median a*b* to the reference colour. chroma: mean of the
+    regions with a hue asked. A figure is NaN where nothing of its kind was asked.
     """
     references = reference_colors()
     hues: list[bool] = []
@@ -43,7 +58,7 @@ def region_scores(case: Case, lab: Tensor) -> dict[str, float]:
 
 
 def leakage(before: Tensor, after: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean chroma change (Delta E_ab of a*b* alone) outside a region [H, W], and in a thin band around it."""
+    """Mean change of a*b* (Delta E_ab without L*) outside a region [H, W], and in a thin band around it."""
     change = (after - before)[1:].norm(dim=0)
     outside = mask < 0.01
     reach = max(1, round(BAND_PX * mask.shape[-1] / 64))
@@ -52,7 +67,7 @@ def leakage(before: Tensor, after: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def region_right(case: Case, lab: Tensor, index: int) -> bool:
-    """Whether one region has the colour asked."""
+    """Whether region `index` has the colour asked for."""
     a, b = lab[1:, eroded(case.scene.masks[index])].median(dim=1).values.tolist()
     return nearest_color(a, b) == case.asked[index]
 

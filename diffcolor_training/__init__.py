@@ -1,1 +1,1 @@
-"""The demo world: scenes whose true colours and masks are known, and the small model trained on them."""
+"""Training of the models that are bundled with `diffcolor_core`."""

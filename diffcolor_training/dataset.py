@@ -1,17 +1,17 @@
-"""Training data of the demo model: scenes rendered once into a cache, captions drawn anew at each use."""
+"""Training data of the demo model: scenes are rendered once into a cache, captions drawn anew at each use."""
 
 import multiprocessing
 from pathlib import Path
 
 import numpy as np
 
-from diffcolor_core.demo.scenes import HUES, NEUTRALS, SceneSpec, caption, draw_scene, region_cells, render
+from diffcolor_study.scenes import HUES, NEUTRALS, SceneSpec, caption, draw_scene, region_cells, render
 
 SIZE_PX = 64
 
 
 def scene_spec(seed: int, index: int) -> SceneSpec:
-    """Scene number `index` of the data set `seed`; the same two numbers always give the same scene."""
+    """Scene `index` of data set `seed`. The same two numbers always give the same scene."""
     return draw_scene(np.random.default_rng((seed, index)))
 
 
@@ -25,7 +25,7 @@ def _render_chunk(job: tuple[int, int, int]) -> np.ndarray:
 
 
 def cached_pictures(folder: Path, *, seed: int, num_scenes: int, num_processes: int = 2) -> np.ndarray:
-    """The rendered scenes as uint8 [N, 3, 64, 64], from `folder` where an earlier call has put them."""
+    """The rendered scenes as uint8 [N, 3, 64, 64]; rendered once, then read from `folder`."""
     path = folder / f"pictures-{seed}-{num_scenes}.npy"
     if not path.exists():
         chunk = 500
@@ -39,7 +39,7 @@ def cached_pictures(folder: Path, *, seed: int, num_scenes: int, num_processes: 
 
 
 def cached_region_cells(folder: Path, *, seed: int, num_scenes: int, cells: int) -> np.ndarray:
-    """Which region lies at the middle of each latent cell, uint8 [N, cells, cells]: its number in `spec.regions`."""
+    """The index in `spec.regions` of the region at the centre of each latent cell: uint8 [N, cells, cells]."""
     path = folder / f"regions-{seed}-{num_scenes}-{cells}.npy"
     if not path.exists():
         regions = np.stack([region_cells(scene_spec(seed, i), cells) for i in range(num_scenes)])
@@ -50,13 +50,16 @@ def cached_region_cells(folder: Path, *, seed: int, num_scenes: int, cells: int)
 
 
 def draw_caption(spec: SceneSpec, rng: np.random.Generator) -> str:
-    """A training caption: each colour word is kept with 88%, and in 8% of captions none is."""
+    """A training caption: 8% have no colour words, in the others each word is kept with probability 0.88."""
     given = rng.random(len(spec.regions)) < (0.88 if rng.random() < 0.92 else 0.0)
     return caption(spec, colors=tuple(bool(g) for g in given), rng=rng)
 
 
 def swap_colors(text: str, rng: np.random.Generator) -> str:
-    """A hard negative: two different colour words of a caption exchanged, or one replaced if there are no two."""
+    """A hard negative: the caption with two different colour words exchanged, or with one replaced.
+
+    A caption without colour words is returned unchanged.
+    """
     words = text.split(" ")
     places = [i for i, word in enumerate(words) if word in HUES or word in NEUTRALS]
     if not places:

@@ -1,16 +1,16 @@
-"""Train the demo model: `python -m diffcolor_core.demo.train --out out/demo-model`.
+"""Train the demo model: `python -m diffcolor_training.demo --out out/demo-model`.
 
-Six parts, one after the other: tokenizer, VAE, guidance CLIP, text tower, UNet (with the tower), and
-a second CLIP that judges what was made with the help of the first.
+Trains six parts in turn: tokenizer, VAE, guidance CLIP, text tower, UNet (together with the text
+tower), and a second CLIP that judges pictures which the first has guided.
 Each part checkpoints into OUT/checkpoints and resumes from there; a finished part is not repeated.
-Every draw comes from a generator seeded by (seed, part, step), so a resumed training sees exactly
-what an unbroken one would have seen. The result is OUT/bundle: an ordinary diffusers folder, fp16,
-with the guidance CLIP in its subfolder `clip`; OUT/judge is the judge.
+Every draw comes from a generator seeded by (seed, part, step), so a resumed training equals an
+unbroken one. The result is OUT/bundle, an ordinary diffusers folder in fp16 with the guidance CLIP in
+its subfolder `clip`, and OUT/judge.
 
-Which word colours which object (binding) is the hard part. Four things teach it: a text tower that
-has learned first which colour word belongs to which noun, latents in which luminance outlasts
-colour, cross-attention that is told where each noun lies, and noised inputs whose colours are
-exchanged, so that the caption is what counts.
+The hard part is binding: which word colours which object. Four things teach it. The text tower first
+learns which colour word belongs to which noun. Luminance outlasts colour in the noised latents.
+Cross-attention is told where each noun lies. Some noised inputs have the objects' colours exchanged,
+so that only the caption tells the right ones.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,10 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from diffcolor_core.attention import RecordedAttention, recorded_attention
 from diffcolor_core.color import lightness
-from diffcolor_core.demo.dataset import cached_pictures, cached_region_cells, draw_caption, scene_spec, swap_colors
-from diffcolor_core.demo.loop import fit_part, step_rng
-from diffcolor_core.demo.parts import (
+from diffcolor_study.scenes import COLOR_WORDS, OBJECT_KINDS, objects_swapped
+from diffcolor_training.dataset import cached_pictures, cached_region_cells, draw_caption, scene_spec, swap_colors
+from diffcolor_training.loop import fit_part, step_rng
+from diffcolor_training.parts import (
     IMAGE_MEAN,
     IMAGE_STD,
     MAX_LENGTH,
@@ -43,9 +44,8 @@ from diffcolor_core.demo.parts import (
     save_bundle,
     save_clip,
 )
-from diffcolor_core.demo.scenes import COLOR_WORDS, OBJECT_KINDS, objects_swapped
 
-SHORT_LENGTH = 32  # tokens; three quarters of the batches are padded to this only, a quarter to all 77
+SHORT_LENGTH = 32  # tokens; most batches are padded to this length only, the others to all 77
 NOUNS = (*OBJECT_KINDS, "table", "wall")
 
 
@@ -60,7 +60,7 @@ def _pixels(pictures: np.ndarray, indices: np.ndarray, device: torch.device) -> 
 def train_vae(
     vae: AutoencoderKL, pictures: np.ndarray, *, seed: int, num_steps: int, checkpoints: Path, device: torch.device
 ) -> None:
-    """Reconstruction (squared error) with a faint KL term."""
+    """Train for reconstruction (squared error) with a faint KL term."""
 
     def loss_of(step: int) -> Tensor:
         x = _pixels(pictures, _batch(pictures, step_rng(seed, "vae", step), 32), device)
@@ -78,12 +78,12 @@ def train_vae(
 
 @torch.no_grad()
 def emphasise_luminance(vae: AutoencoderKL, x: Tensor, factor: float = 3.0) -> Tensor:
-    """Stretch the latents by `factor` along the direction that tells L*; returns that map, [C, C].
+    """Stretch the latents by `factor` along the direction that encodes L*; returns that map, [C, C].
 
-    Luminance then outlasts colour in the noise, as it does in large VAEs: there is a range of
-    timesteps where shapes show and colours do not, and only there is a caption needed to tell whose
-    colour is whose. The map is folded into the 1 x 1 convolutions on both sides of the latents, so
-    pictures pass through the VAE as before. `scaling_factor` is set to give latents unit variance.
+    Luminance then outlasts colour in the noise, as it does in large VAEs. At some timesteps shapes show
+    and colours do not, and only there does the model need the caption to tell whose colour is whose. The
+    map is folded into the 1 x 1 convolutions on both sides of the latents, so pictures pass through the
+    VAE unchanged. Sets `scaling_factor` so that the latents have unit variance.
     """
     z = vae.encode(x).latent_dist.mean  # [B, C, h, w]
     cells = F.adaptive_avg_pool2d(lightness((x + 1) / 2), z.shape[-2:])  # [B, 1, h, w]
@@ -110,7 +110,7 @@ def train_clip(
     checkpoints: Path,
     device: torch.device,
 ) -> None:
-    """Contrastive training; each picture also faces a caption of its own with two colours exchanged."""
+    """Train contrastively. Each picture's own caption with two colours exchanged is one more negative."""
 
     def loss_of(step: int) -> Tensor:
         rng = step_rng(seed, name, step)
@@ -129,7 +129,7 @@ def train_clip(
             text = clip.get_text_features(input_ids=ids).pooler_output
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T  # [B, 2B]
-        # A picture's hard negative may be another's caption or, with no colour word, its own: mask those.
+        # A hard negative may equal another picture's caption or, without colour words, its own: mask those.
         same = torch.tensor([[a == b for b in captions + negatives] for a in captions], device=device)
         same &= ~torch.eye(len(captions), 2 * len(captions), dtype=torch.bool, device=device)
         logits = logits.masked_fill(same, -1e4)
@@ -141,12 +141,12 @@ def train_clip(
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> Tensor:
-    """Token ids [B, length], padded, cut off at `length`."""
+    """Token ids [B, length], padded or truncated to `length`."""
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 class PhraseReader(nn.Module):
-    """A text tower with a head that names the colour and the noun of the phrase that each token ends."""
+    """A text tower with two heads that read, from a noun's embedding, the noun and the colour word before it."""
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -165,9 +165,9 @@ def train_text(
     checkpoints: Path,
     device: torch.device,
 ) -> None:
-    """Teach the text tower that a noun's embedding says which noun it is and which colour stands before it.
+    """Teach the text tower to encode, at each noun, which noun it is and which colour word precedes it.
 
-    A real text tower arrives with this knowledge; one trained by the diffusion loss alone did not find it.
+    A pretrained text tower knows this already; one trained by the diffusion loss alone did not learn it.
     """
     reader = PhraseReader(text_encoder).to(device)
     color_of, noun_of = word_tables(tokenizer, device)
@@ -187,7 +187,7 @@ def train_text(
 
 
 def word_tables(tokenizer: CLIPTokenizer, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each token id its colour word's number (0: it is none) and its noun's number (-1: none), both [V]."""
+    """For each token id the number of its colour word (0: none) and of its noun (-1: none), both [V]."""
     colors = torch.zeros(len(tokenizer), dtype=torch.long, device=device)
     nouns = torch.full((len(tokenizer),), -1, dtype=torch.long, device=device)
     for table, words, first in ((colors, COLOR_WORDS, 1), (nouns, NOUNS, 0)):
@@ -197,7 +197,7 @@ def word_tables(tokenizer: CLIPTokenizer, device: torch.device) -> tuple[Tensor,
     return colors, nouns
 
 
-class Denoiser(nn.Module):
+class UNetAndText(nn.Module):
     """The UNet and its text tower as one module, so that they train and checkpoint together."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
@@ -207,10 +207,10 @@ class Denoiser(nn.Module):
 
 
 def grounding_loss(maps: list[Tensor], region_cells: Tensor, noun_tokens: Tensor) -> Tensor:
-    """Cross-entropy between the region a cell lies in and the noun it attends to (after TokenCompose, 2312.03626).
+    """Cross-entropy between each cell's region and the noun it attends to (after TokenCompose, arXiv 2312.03626).
 
-    maps: [B, s*s, L] each. region_cells: [B, R, S, S], how much of each region is in each cell.
-    noun_tokens: [B, R], where each region's noun stands in the caption; -1 for no such region or no caption.
+    maps: attention, [B, s*s, L] each. region_cells: [B, R, S, S], each region's share of each cell.
+    noun_tokens: [B, R], the position of each region's noun in the caption; -1 where it is not named.
     """
     present = noun_tokens >= 0
     losses = []
@@ -227,9 +227,9 @@ def grounding_loss(maps: list[Tensor], region_cells: Tensor, noun_tokens: Tensor
 
 
 def confuse_objects(z: Tensor, regions: Tensor, luminance: Tensor) -> Tensor:
-    """Latents [B, C, h, w] with the mean colours of the first two regions exchanged, luminance kept.
+    """Exchange the mean colours of the first two regions in latents [B, C, h, w]; luminance stays.
 
-    regions: [B, h, w], the number of the region in each cell; luminance: [C], the unit vector of L*.
+    regions: [B, h, w], the index of each cell's region. luminance: [C], the unit vector that encodes L*.
     """
     masks = torch.stack([(regions == i).float() for i in (0, 1)])  # [2, B, h, w]
     means = torch.einsum("bchw,nbhw->nbc", z, masks) / masks.sum(dim=(2, 3)).clamp(min=1)[..., None]
@@ -239,14 +239,14 @@ def confuse_objects(z: Tensor, regions: Tensor, luminance: Tensor) -> Tensor:
 
 
 def noun_positions(ids: Tensor, noun_of: Tensor, most: int) -> Tensor:
-    """Where the nouns stand in token ids [B, L], in their order: [B, most], -1 where there are fewer."""
+    """The positions of the first `most` nouns in token ids [B, L], in order: [B, most], -1 where there are fewer."""
     is_noun = noun_of[ids] >= 0
     order = torch.where(is_noun, torch.arange(ids.shape[1], device=ids.device), ids.shape[1]).sort(dim=1).values
     return torch.where(order < ids.shape[1], order, -1)[:, :most]
 
 
 def train_unet(
-    denoiser: Denoiser,
+    unet_and_text: UNetAndText,
     tokenizer: CLIPTokenizer,
     scheduler: DDIMScheduler,
     latents: Tensor,
@@ -258,22 +258,24 @@ def train_unet(
     checkpoints: Path,
     device: torch.device,
 ) -> None:
-    """v-prediction on cached latents [N, 6, 16, 16] and grounded attention; 10% of captions are empty.
+    """Train on v-prediction over cached latents [N, 6, 16, 16] and on grounded attention.
 
-    Two thirds of the timesteps come from where a thing's shape shows and its colour does not; cells that
-    objects cover count three times; errors are measured before the `stretch` [6, 6] of
-    `emphasise_luminance`, so that colour counts as much as luminance; the weight of faint noise is
-    capped (min-SNR's cap, gamma 5, on v-prediction's own weighting). In 40% of the pictures whose
-    caption tells the two objects' colours, the noised input has them exchanged and the target does
-    not: as in sampling, colours that shine through the noise may be an earlier mistake, and the
-    caption is what counts.
+    - 10% of the captions are empty, for classifier-free guidance.
+    - 65% of the timesteps are at least 600, where a thing's shape shows and its colour does not.
+    - Cells that objects cover count three times.
+    - Errors are measured before the `stretch` [6, 6] of `emphasise_luminance`, so that colour counts as
+      much as luminance.
+    - The weight of faint noise is capped (min-SNR, gamma 5, on v-prediction's own weighting).
+    - In 40% of the pictures whose caption tells the two objects' colours apart (at t >= 300), the noised
+      input has them exchanged and the target has not. In sampling, too, the colours that shine through
+      the noise may be an earlier mistake; the model learns to trust the caption instead.
     """
     abar = scheduler.alphas_cumprod.to(device)
     shrink = torch.linalg.inv(stretch).to(device)
     luminance = torch.linalg.eigh(stretch).eigenvectors[:, -1].to(device)
     noun_of = word_tables(tokenizer, device)[1]
     most = region_cells.max() + 1
-    denoiser.requires_grad_(True)
+    unet_and_text.requires_grad_(True)
 
     def loss_of(step: int, recorder: RecordedAttention) -> Tensor:
         rng = step_rng(seed, "unet", step)
@@ -300,8 +302,8 @@ def train_unet(
         target = (a.sqrt() * z_t - z) / (1 - a).sqrt()  # the v whose clean estimate is z
         recorder.maps.clear()
         with torch.autocast(device.type, torch.bfloat16):
-            embeds = denoiser.text_encoder(ids).last_hidden_state
-            prediction = denoiser.unet(z_t, t, embeds).sample.float()
+            embeds = unet_and_text.text_encoder(ids).last_hidden_state
+            prediction = unet_and_text.unet(z_t, t, embeds).sample.float()
         error = torch.einsum("ij,bjhw->bihw", shrink, prediction - target).pow(2)
         num_objects = torch.tensor([len(spec.objects) for spec in specs], device=device).view(-1, 1, 1)
         on_object = (regions < num_objects).float()[:, None]
@@ -312,16 +314,16 @@ def train_unet(
         return (error * weight).mean() + 0.3 * grounding
 
     groups = [
-        {"params": list(denoiser.unet.parameters()), "lr": 2e-3},
-        {"params": list(denoiser.text_encoder.parameters()), "lr": 6e-4},
+        {"params": list(unet_and_text.unet.parameters()), "lr": 2e-3},
+        {"params": list(unet_and_text.text_encoder.parameters()), "lr": 6e-4},
     ]
-    with recorded_attention(denoiser.unet) as recorder:
+    with recorded_attention(unet_and_text.unet) as recorder:
         loss_at = partial(loss_of, recorder=recorder)
-        fit_part("unet", denoiser, groups, loss_at, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
+        fit_part("unet", unet_and_text, groups, loss_at, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
 
 
 def _tokenizer_in(checkpoints: Path, seed: int) -> CLIPTokenizer:
-    """The tokenizer of an earlier call, else a new one: its trainer breaks ties in another order each time."""
+    """The tokenizer of an earlier call, or a new one. It is kept because its trainer breaks ties at random."""
     folder = checkpoints / "tokenizer"
     if not folder.exists():
         rng = np.random.default_rng(seed)
@@ -343,14 +345,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, cache and the finished bundle.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of scenes, captions, weights and noise.")] = 0,
-    num_scenes: Annotated[int, typer.Option(help="Scenes rendered for training.")] = 32_000,
+    num_scenes: Annotated[int, typer.Option(help="Number of scenes to render for training.")] = 32_000,
     vae_steps: int = 1200,
     clip_steps: int = 1000,
     text_steps: int = 600,
     unet_steps: int = 5800,
     judge_steps: int = 700,
 ) -> None:
-    """Train the demo model from nothing, or go on where an earlier call was stopped."""
+    """Train the demo model from scratch, or continue where an earlier call stopped."""
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
@@ -360,19 +362,19 @@ def train(
     tokenizer = _tokenizer_in(checkpoints, seed)
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
     vae, clip = build_vae().to(where), build_clip(tokenizer).to(where)
-    denoiser = Denoiser(build_unet(), build_text_tower(tokenizer)).to(where)
+    unet_and_text = UNetAndText(build_unet(), build_text_tower(tokenizer)).to(where)
     scheduler = build_scheduler()
 
     common: dict[str, Any] = {"seed": seed, "checkpoints": checkpoints, "device": where}
     train_vae(vae, pictures, num_steps=vae_steps, **common)
     stretch = emphasise_luminance(vae, _pixels(pictures, np.arange(512), where))
     train_clip("clip", clip, tokenizer, pictures, num_steps=clip_steps, **common)
-    train_text(denoiser.text_encoder, tokenizer, num_steps=text_steps, **common)
+    train_text(unet_and_text.text_encoder, tokenizer, num_steps=text_steps, **common)
     latents = _encode_all(vae, pictures, where)
     cells = cached_region_cells(out, seed=seed, num_scenes=num_scenes, cells=latents.shape[-1])
-    train_unet(denoiser, tokenizer, scheduler, latents, cells, stretch, num_steps=unet_steps, **common)
-    save_bundle(out / "bundle", tokenizer, vae, clip, denoiser.unet, denoiser.text_encoder, scheduler)
-    torch.manual_seed(seed + 1)  # another start and, by its name, other batches than the guidance CLIP's
+    train_unet(unet_and_text, tokenizer, scheduler, latents, cells, stretch, num_steps=unet_steps, **common)
+    save_bundle(out / "bundle", tokenizer, vae, clip, unet_and_text.unet, unet_and_text.text_encoder, scheduler)
+    torch.manual_seed(seed + 1)  # the judge starts from other weights; its name gives it other batches
     judge = build_clip(tokenizer).to(where)
     train_clip("judge", judge, tokenizer, pictures, num_steps=judge_steps, **common)
     save_clip(out / "judge", tokenizer, judge)

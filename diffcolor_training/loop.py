@@ -1,4 +1,8 @@
-"""A training loop that checkpoints and resumes."""
+"""A training loop that checkpoints and resumes exactly.
+
+AdamW's state, its schedule and the moving average are torch's and diffusers'. A checkpoint is one
+safetensors file: weights, their average, and the optimizer's state flattened by parameter name.
+"""
 
 import time
 from collections.abc import Callable
@@ -6,21 +10,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.lr_scheduler import LambdaLR
+
+WARM_UP_STEPS = 200
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def step_rng(seed: int, part: str, step: int) -> np.random.Generator:
-    """The generator of one training step, the same whether training was interrupted or not."""
+    """The random generator of one training step. It depends on its arguments only, never on earlier steps."""
     return np.random.default_rng((seed, *part.encode(), step))
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
-    partial.rename(path)
+def rate_factor(step: int, num_steps: int) -> float:
+    """The learning rate at a step (from 0), as a fraction of its peak: a linear warm-up times a linear fall."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - step / num_steps)
 
 
 def fit_part(
@@ -35,35 +48,19 @@ def fit_part(
     checkpoint_every: int = 250,
     ema_decay: float = 0.999,
 ) -> None:
-    """Minimise `loss_of(step)` with AdamW, a warm-up and a linear fall; leave the EMA weights in `module`.
+    """Minimise `loss_of(step)` over `num_steps` of AdamW and leave the averaged weights in `module`, frozen.
 
-    The checkpoint holds weights, EMA and both Adam moments as safetensors. A finished part only loads.
+    parameter_groups: as torch's optimizers take them, each with its peak "lr". ema_decay: the decay of
+    the moving average in later steps; step s has min(ema_decay, (s + 1) / (s + 10)). The part
+    checkpoints to `checkpoints`/`name`.safetensors and continues from there; a finished part only loads.
+    Global random state is seeded before each step, so a resumed training equals an unbroken one.
     """
     path = checkpoints / f"{name}.safetensors"
-    optimizer = torch.optim.AdamW(parameter_groups, betas=(0.9, 0.99), weight_decay=1e-4)
-    peaks = [float(group["lr"]) for group in optimizer.param_groups]
     parameters = dict(module.named_parameters())
-    ema = {key: p.detach().clone() for key, p in parameters.items()}
-    start = 0
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            start = int(file.metadata()["step"])
-            for key, parameter in parameters.items():
-                parameter.data.copy_(file.get_tensor(f"weight.{key}"))
-                ema[key].copy_(file.get_tensor(f"ema.{key}"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(start)),
-                    "exp_avg": file.get_tensor(f"m.{key}").to(parameter),
-                    "exp_avg_sq": file.get_tensor(f"v.{key}").to(parameter),
-                }
-
-    def save(step: int) -> None:
-        tensors = {f"weight.{key}": p for key, p in parameters.items()} | {f"ema.{key}": t for key, t in ema.items()}
-        for key, parameter in parameters.items():
-            state = optimizer.state[parameter]
-            tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
-        _save(path, tensors, {"step": str(step)})
-
+    optimizer = torch.optim.AdamW(parameter_groups, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = EMAModel(parameters.values(), decay=ema_decay, foreach=True)
+    start = _load(path, module, optimizer, ema) if path.exists() else 0
+    schedule = LambdaLR(optimizer, lambda passed: rate_factor(start + passed, num_steps))
     log = checkpoints / f"{name}.losses.csv"
     module.train()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -72,16 +69,13 @@ def fit_part(
         recent: list[float] = []
         for step in range(start, num_steps):
             torch.manual_seed(int(step_rng(seed, name, step).integers(2**62)))
-            warm, fall = min(1.0, (step + 1) / 200), 1 - step / num_steps
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * warm * fall
             optimizer.zero_grad()
             loss = loss_of(step)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
-            decay = min(ema_decay, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+            schedule.step()
+            ema.step(parameters.values())
             recent.append(loss.item())
             done = step + 1
             if done % 50 == 0 or done == num_steps:
@@ -90,7 +84,37 @@ def fit_part(
                 progress.update(bar, completed=done, description=f"{name} {sum(recent) / len(recent):.4f}")
                 recent = []
             if done % checkpoint_every == 0 or done == num_steps:
-                save(done)
-    for key, parameter in parameters.items():
-        parameter.data.copy_(ema[key])
+                _save(path, done, module, optimizer, ema)
+    ema.copy_to(parameters.values())
     module.eval().requires_grad_(False)
+
+
+def _save(path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
+    """Write the checkpoint under a temporary name first: it is there as a whole or not at all."""
+    parameters = dict(module.named_parameters())
+    tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in zip(parameters, ema.shadow_params, strict=True)}
+    tensors |= _state_of(get_optimizer_state_dict(module, optimizer, options=_FLAT))
+    partial = path.with_suffix(".partial")
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, {"step": str(step)})
+    partial.rename(path)
+
+
+@torch.no_grad()
+def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> int:
+    """Restore a checkpoint; the number of steps it has done."""
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        for (name, parameter), average in zip(module.named_parameters(), ema.shadow_params, strict=True):
+            parameter.copy_(file.get_tensor(f"weight.{name}"))
+            average.copy_(file.get_tensor(f"ema.{name}"))
+        ema.optimization_step = step
+        fresh = get_optimizer_state_dict(module, optimizer, options=_FLAT)  # with the settings of the groups
+        stored = {name: file.get_tensor(name) for name in _state_of(fresh)}
+    set_optimizer_state_dict(module, optimizer, fresh | stored, options=_FLAT)
+    return step
+
+
+def _state_of(flat: dict[str, object]) -> dict[str, Tensor]:
+    """AdamW's tensors in a flattened state dict, without the settings of its parameter groups."""
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}

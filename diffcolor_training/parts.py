@@ -1,4 +1,4 @@
-"""The demo model's parts at their sizes, and the diffusers folder they are saved as."""
+"""Builders of the demo model's parts, and its diffusers folder."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffcolor_core.demo.dataset import SIZE_PX
+from diffcolor_training.dataset import SIZE_PX
 
 WIDTH = 128  # of both text towers
 MAX_LENGTH = 77
@@ -17,7 +17,7 @@ IMAGE_STD = [0.25, 0.25, 0.25]
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A byte-level BPE of CLIP's kind, learned from our captions and a list of words seen in photographs."""
+    """A byte-level BPE like CLIP's, learned from `captions` and from a list of words that describe photographs."""
     words = Path(__file__).with_name("vocabulary.txt").read_text(encoding="utf-8").split()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -37,7 +37,7 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def build_vae() -> AutoencoderKL:
-    """Six latent channels at a quarter of the side."""
+    """A VAE with six latent channels at a quarter of the picture's side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -66,7 +66,7 @@ def _text_settings(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The guidance CLIP: two towers of three layers. It shares nothing with the UNet's text tower."""
+    """A CLIP of two towers with three layers each. It shares nothing with the UNet's text tower."""
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
@@ -80,12 +80,12 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_text_tower(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The UNet's text tower: three layers."""
+    """The UNet's text tower, three layers."""
     return CLIPTextModel(CLIPTextConfig(**_text_settings(tokenizer)))
 
 
 def build_unet() -> UNet2DConditionModel:
-    """4.4 million parameters, text attended to at 16 x 16, 8 x 8 and 4 x 4."""
+    """A UNet of 4.4 million parameters with cross-attention at 16 x 16, 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
         sample_size=SIZE_PX // 4,
         in_channels=6,
@@ -95,13 +95,13 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,  # in this class's older naming: the number of heads
+        attention_head_dim=4,  # despite its name, this class takes the number of heads here
         norm_num_groups=16,
     )
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule, with v-prediction."""
+    """Stable Diffusion's noise schedule, with v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -122,7 +122,7 @@ def save_bundle(
     text_encoder: CLIPTextModel,
     scheduler: DDIMScheduler,
 ) -> None:
-    """Write the diffusers folder in fp16, the guidance CLIP in `clip`."""
+    """Write the diffusers folder in fp16, with the guidance CLIP in its subfolder `clip`."""
     parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
     for name, model in parts.items():
         model.half().save_pretrained(folder / name, safe_serialization=True)
@@ -145,7 +145,7 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
 
 
 def save_model_index(folder: Path) -> None:
-    """Name the parts as `StableDiffusionPipeline.save_pretrained` does."""
+    """Write the `model_index.json` that `StableDiffusionPipeline.save_pretrained` would."""
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,

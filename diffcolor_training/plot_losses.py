@@ -1,4 +1,4 @@
-"""The demo model's loss curves: `python benchmarks/plot_losses.py CHECKPOINTS OUT.png`."""
+"""Plot the demo model's loss curves: `python -m diffcolor_training.plot_losses CHECKPOINTS OUT.png`."""
 
 import csv
 from pathlib import Path
@@ -17,7 +17,7 @@ def main(
     checkpoints: Annotated[Path, typer.Argument(help="Folder with the .losses.csv files that training writes.")],
     out: Annotated[Path, typer.Argument(help="PNG to write.")],
 ) -> None:
-    """Draw one panel per part."""
+    """Draw one panel for each part."""
     figure, axes = plt.subplots(1, len(PARTS), figsize=(11, 2.8))
     for axis, (part, title) in zip(axes, PARTS.items(), strict=True):
         with (checkpoints / f"{part}.losses.csv").open() as file:

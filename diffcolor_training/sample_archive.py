@@ -1,7 +1,7 @@
-"""Write the sample archive: `python -m diffcolor_core.demo.sample_archive examples/archive`.
+"""Write the sample archive: `python -m diffcolor_training.sample_archive examples/archive`.
 
-Gray renderings as an archive would hold them: PNGs, a toned (sepia) JPEG, a 16-bit TIFF. Each is in
-the catalog with what is in it and the colours to give; the first two are asked for twice.
+The archive holds gray renderings: PNGs, a sepia-toned JPEG and a 16-bit TIFF. Its catalog says what
+each picture shows and which colours to give; the first two pictures have two target prompts.
 """
 
 import csv
@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 
 from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness, lightness_to_gray
-from diffcolor_core.demo.scenes import Scene, caption, draw_scene, recolored, render
+from diffcolor_study.scenes import Scene, caption, draw_scene, recolored, render
 
 
 def _write(scene: Scene, path: Path) -> None:
@@ -33,8 +33,8 @@ def _write(scene: Scene, path: Path) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    num: Annotated[int, typer.Option(help="Pictures.")] = 8,
+    out: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    num: Annotated[int, typer.Option(help="Number of pictures.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of scenes and colours.")] = 2026,
 ) -> None:
     """Write `num` pictures and their catalog."""

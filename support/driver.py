@@ -1,13 +1,16 @@
-"""`diffcolor`, with a preset `demo` of a few steps: what is tested is the pipeline. Run as a process of its own."""
+"""`python -m support.driver`: the command `diffcolor`, with a preset `demo` of a few steps.
+
+For tests of the pipeline. DIFFCOLOR_POISON makes three images hang, crash or exhaust the memory.
+"""
 
 import os
 from unittest.mock import patch
 
 from diffcolor_core import config
 from flows.cli import app
+from support.poison import PoisonedWorker
+from support.settings import QUICK
 from tasks import actors
-from tests.faults.poison import PoisonedWorker
-from tests.flows.conftest import QUICK
 
 if __name__ == "__main__":
     config.PRESETS["demo"] = QUICK

@@ -1,4 +1,4 @@
-"""A worker whose decoder meets images that hang it, crash it, or eat its memory."""
+"""A worker that hangs, crashes or exhausts its memory on three images, as a broken decoder might."""
 
 import faulthandler
 import resource
@@ -14,9 +14,10 @@ HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"
 
 
 class PoisonedWorker(ImageWorker):
-    """Does to three images by name what a broken decoder would do."""
+    """Misbehaves on the images called HANG, SEGFAULT and BALLOON."""
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
+        """Colorize an image, unless its name asks for trouble."""
         name = planned.work.image_key
         if name == HANG:
             threading.Event().wait()

@@ -1,4 +1,4 @@
-"""Runs as processes of their own, faults injected into them, and the reckoning afterwards."""
+"""Whole runs as processes: start them, disturb them, and count afterwards what became of the archive."""
 
 import contextlib
 import hashlib
@@ -6,31 +6,31 @@ import os
 import secrets
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from PIL import Image
 
+from support.pictures import make_archive
+from support.waiting import wait_until
 from tasks.manifest import ManifestError, query
 from tasks.storage import TEMPORARY, Store
 from tasks.verify import key_of, verify
-from tests.conftest import gray_picture
 
 NUM_IMAGES = 8
-RUN_ID = "run"  # a file names its run: under one name the bytes can be compared
+RUN_ID = "run"  # a file names its run, so bytes can be compared only between runs of one name
 MARK = "DIFFCOLOR_FAULTS_RUN"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Reckoning:
     """What became of an archive after faults and a resume.
 
-    identical: every picture has the undisturbed run's bytes. litter: temporary files and processes left.
+    identical: every picture has the same bytes as in the undisturbed run. findings: what `verify` reports.
+    litter: temporary files and processes that were left behind. seconds: the time of the resume.
     """
 
     injected: int
@@ -42,27 +42,14 @@ class Reckoning:
     seconds: float = 0.0
 
     def check(self) -> None:
+        """Fail if anything was lost, done twice, changed or left behind."""
         assert self.injected > 0
         assert (self.lost, self.doubled, self.identical, self.findings, self.litter) == (0, 0, True, [], []), self
 
 
-def make_archive(folder: Path, num_images: int) -> Path:
-    """Small scans with a catalog, one of them no picture."""
-    folder.mkdir(parents=True)
-    lines = ["image,context_prompt,target_prompt"]
-    for number in range(num_images):
-        Image.fromarray(gray_picture(seed=number)).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,a ball on a table,a red ball on a green table")
-    lines.append("0.png,a ball on a table,a blue ball on a green table")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
-    lines.append("broken.jpg,a cone on a table,")
-    (folder / "catalog.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @dataclass
 class Run:
-    """A run that is going on."""
+    """A run in progress."""
 
     process: subprocess.Popen[bytes]
     mark: str
@@ -72,7 +59,7 @@ class Run:
         return processes(self.mark, *words)
 
     def kill(self, *words: str) -> int:
-        """SIGKILL to its processes whose command line holds one of the words; how many there were."""
+        """SIGKILL its processes whose command line contains one of the words; how many there were."""
         return _kill(self.processes(*words))
 
     def wait(self, seconds: float = 900) -> int:
@@ -82,9 +69,10 @@ class Run:
 
 @dataclass
 class Bench:
-    """An archive, its undisturbed outcome, and runs over it into outputs of their own.
+    """An archive, its undisturbed outcome, and runs over it into separate outputs.
 
-    outputs: the folder or URL below which they lie. environment: what runs need to reach it.
+    outputs: the folder or URL that holds them. environment: variables that runs need to reach it.
+    expected: hash of each (image, variant), None for a quarantined one.
     """
 
     archive: Path
@@ -104,6 +92,7 @@ class Bench:
         environment: dict[str, str] | None = None,
         num_images: int = NUM_IMAGES,
     ) -> "Bench":
+        """Make the archive and run it once undisturbed."""
         archive = make_archive(folder / "archive", num_images)
         bench = cls(archive, model, folder, outputs or str(folder), environment or {})
         with bench.run(bench.undisturbed.url) as run:
@@ -125,22 +114,13 @@ class Bench:
         archive: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Iterator["Run"]:
-        """`diffcolor run` in a session of its own; whatever is left of it is killed at the end.
+        """`diffcolor run` in a session of its own; its remaining processes are killed at the end.
 
-        All its processes, Ray's too, are known by a variable in their environment: see `processes`.
+        A variable in their environment marks all its processes, Ray's too: see `processes`.
         """
-        command = [sys.executable, "-m", "tests.faults.driver", "run", str(archive or self.archive), output]
-        command += [
-            "--model",
-            str(self.model),
-            "--run-id",
-            RUN_ID,
-            "--commit-every",
-            "2",
-            "--shard-size",
-            "4",
-            *options,
-        ]
+        command = [sys.executable, "-m", "support.driver", "run", str(archive or self.archive), output]
+        command += ["--model", str(self.model), "--run-id", RUN_ID, "--commit-every", "2", "--shard-size", "4"]
+        command += options
         log = self.folder / "runs.log"
         with log.open("ab") as file:
             mark = secrets.token_hex(8)
@@ -155,7 +135,7 @@ class Bench:
             process.wait()
 
     def reckon(self, output: str, injected: int, archive: Path | None = None) -> Reckoning:
-        """Resume without faults, then count. Of another archive than the bench's own, what both hold."""
+        """Resume without faults, then count. For another archive than the bench's own, count what both hold."""
         start = time.monotonic()
         with self.run(output, archive=archive) as run:
             code = run.wait()
@@ -181,7 +161,7 @@ class Bench:
 
 
 def outcome(store: Store) -> dict[tuple[str, str], str | None]:
-    """(image, variant) -> hash of its picture, None for the quarantined."""
+    """For each (image, variant) the hash of its picture, or None if it is quarantined."""
     rows = query(store, "select image_key, variant, status, output_sha256, output_uri from results").fetchall()
     for _, _, status, sha256, uri in rows:
         if status == "ok":
@@ -190,7 +170,7 @@ def outcome(store: Store) -> dict[tuple[str, str], str | None]:
 
 
 def committed(output: str) -> int:
-    """Rows that readers see now."""
+    """The number of rows that readers see now."""
     try:
         return int(query(Store(output), "select count(*) from attempts").fetchall()[0][0])
     except ManifestError:
@@ -198,7 +178,7 @@ def committed(output: str) -> int:
 
 
 def processes(mark: str, *words: str) -> list[psutil.Process]:
-    """What is alive of a run; with `words`, those whose command line holds one of them."""
+    """The living processes of a run; with `words`, only those whose command line contains one of them."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -214,13 +194,3 @@ def _kill(targets: list[psutil.Process]) -> int:
         with contextlib.suppress(psutil.Error):
             process.kill()
     return len(targets)
-
-
-def wait_until(condition: Callable[[], object], seconds: float) -> bool:
-    """Whether the condition came to hold within so long."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        pause.wait(0.1)
-    return False

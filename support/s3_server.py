@@ -1,10 +1,10 @@
-"""A real S3 server on loopback for the tests: Ceph's object gateway over one monitor and one store in memory.
+"""A real S3 server on loopback: Ceph's object gateway with one monitor and one object store in memory.
 
-python -m tests.s3_server FOLDER [--port 19092]      start it, print the variables that clients need
-python -m tests.s3_server FOLDER --stop
+python -m support.s3_server FOLDER [--port 19092]      start it and print the variables that clients need
+python -m support.s3_server FOLDER --stop
 
-On Debian as root the packages are installed on first use; elsewhere ceph-mon, ceph-osd, ceph-common and
-radosgw must be there already.
+As root on Debian, the packages are installed on first use. Elsewhere ceph-mon, ceph-osd, ceph-common and
+radosgw must be installed already.
 """
 
 import os
@@ -57,11 +57,14 @@ rgw run sync thread = false
 
 
 class NoServerError(RuntimeError):
-    """No S3 server can be started here, and why."""
+    """The reason why no S3 server can be started here."""
 
 
 def start(folder: Path, port: int, *, install: bool = True) -> dict[str, str]:
-    """Start the server; the environment variables that clients need. Raises NoServerError."""
+    """Start the server and return the environment variables that clients need.
+
+    install: install missing packages (Debian, root). Raises NoServerError, with the reason.
+    """
     if not all(map(shutil.which, PROGRAMS)):
         if not install:
             raise NoServerError(f"no {PACKAGES[-1]} here: set DIFFCOLOR_TEST_S3=1 to have it installed (Debian, root)")
@@ -112,11 +115,11 @@ def start(folder: Path, port: int, *, install: bool = True) -> dict[str, str]:
 
 
 def stop(folder: Path) -> None:
-    """End the processes that `start` has started in this folder."""
+    """End the processes that `start` has started in this folder, if any."""
     for file in folder.glob("*.pid"):
         number = int(file.read_text().strip() or 0)
         if number and psutil.pid_exists(number):
-            os.kill(number, signal.SIGKILL)  # all it holds is in memory
+            os.kill(number, signal.SIGKILL)  # its data is in memory only, so there is nothing to flush
 
 
 def _install() -> None:
@@ -135,6 +138,7 @@ def _monitor(config: Path) -> str:
 
 
 def free_port() -> int:
+    """A TCP port on loopback that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -153,9 +157,9 @@ def _wait_for(port: int, seconds: float = 60) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="For its files; made new.")],
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 19092,
-    end: Annotated[bool, typer.Option("--stop", help="End what was started in FOLDER.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder for its files; must not exist.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 19092,
+    end: Annotated[bool, typer.Option("--stop", help="Stop the server that was started in FOLDER.")] = False,
 ) -> None:
     """Start or stop the server."""
     if end:

@@ -1,4 +1,4 @@
-"""The command that measures the method."""
+"""The command that measures the method on scenes whose colours are known, or on colour photographs."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,13 @@ from flows.cli.common import (
 def study(
     task: Annotated[
         Literal["automatic", "full-prompt", "edit"],
-        typer.Option(help="`automatic`: no colours given. `full-prompt`: all of them. `edit`: one of them changed."),
+        typer.Option(help="Colours in the prompt. `automatic`: none. `full-prompt`: all. `edit`: one is changed."),
     ] = "full-prompt",
     method: Annotated[
-        list[str] | None, typer.Option(help="Repeat it: `full`, `img2img`, `imagic`, ... `--method list` names all.")
+        list[str] | None,
+        typer.Option(help="A method to measure, e.g. `full` or `img2img`; repeatable. `--method list` lists all."),
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Scenes.")] = 20,
+    num: Annotated[int, typer.Option(min=1, help="Number of scenes, or of photographs at most.")] = 20,
     seed: SeedOption = 0,
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
@@ -39,32 +40,45 @@ def study(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="A CLIP that no method was optimised with: folder or `owner/name@commit`. `demo` has one of its own."
+            help="A CLIP that guided no method, for CLIP scores: a folder or `owner/name@commit`. `demo` has its own."
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with intervals.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures and their intervals to this file.")
+    ] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the pictures in this folder.")] = None,
     photos: Annotated[
         Path | None,
-        typer.Option(help="Instead of scenes: a folder of colour photographs with a catalog.csv, turned gray first."),
+        typer.Option(help="Measure colour photographs, turned gray, instead of scenes: a folder with a catalog.csv."),
     ] = None,
     perceptual: Annotated[
-        bool, typer.Option(help="With --photos: LPIPS, FID and KID too (torchvision, torch-fidelity, their weights).")
+        bool,
+        typer.Option(help="With --photos: also LPIPS, FID and KID. Needs torchvision, torch-fidelity and weights."),
     ] = False,
 ) -> None:
     """Measure the method and its rivals on rendered scenes whose colours are known.
 
-    Scenes and prompts are drawn from the seed, the prompts' colours unrelated to the scene's own; the
-    saved files are scored. Means with bootstrap 95% intervals.
+    Scenes and prompts are drawn from the seed; the prompts name colours unrelated to the scene's own.
+    The saved files are scored. Prints means with bootstrap 95% intervals.
+
+    Needs the extra `study`: `pip install 'diffcolor-archive[study]'`.
 
     Example: `diffcolor study --task full-prompt --method full --method img2img --num 20 --json out/study.json`
     """
     import tempfile
 
-    from diffcolor_core import preset as settings_preset
+    import torch
+
+    try:
+        from diffcolor_study.about import about
+        from diffcolor_study.methods import METHODS
+        from diffcolor_study.perceptual import Perceptual
+        from diffcolor_study.photographs import run_photographs
+        from diffcolor_study.runner import run_study, summarise
+    except ModuleNotFoundError as error:
+        raise fail(f"`study` needs {error.name}: pip install 'diffcolor-archive[study]'", 2) from error
+    from diffcolor_core import __version__, preset as settings_preset
     from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
-    from diffcolor_core.study import METHODS, run_photographs, run_study, summarise
-    from diffcolor_core.study.perceptual import Perceptual
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]
     if methods == ["list"]:
@@ -97,7 +111,7 @@ def study(
     summary = summarise(figures)
     for name, values in summary.items():
         title = f"{name}: {METHODS[name].description}"
-        others = ("mean", "95% interval", "scenes", f"less {methods[0]}, 95% interval")
+        others = ("mean", "95% interval", "scenes", f"minus {methods[0]}, 95% interval")
         table = Table(Column("figure", no_wrap=True), *others, title=title)
         for figure, value in values.items():
             difference = (
@@ -106,8 +120,18 @@ def study(
             table.add_row(figure, f"{value['mean']:.4g}", _range(value), str(value["scenes"]), difference)
         console.print(table)
     if json_file is not None:
+        gpu = torch.cuda.get_device_name(checkpoint.device) if checkpoint.device.type == "cuda" else None
+        record: dict[str, Any] = {
+            "task": task if photos is None else "photographs",
+            "seed": seed,
+            "preset": preset,
+            "settings": settings.model_dump(mode="json"),
+            "model": f"{checkpoint.model_id} {checkpoint.model_revision}",
+            "software_version": __version__,
+            **about("torch", "diffusers", "transformers", "peft", gpu=gpu),
+        }
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(summary, indent=1) + "\n")
+        json_file.write_text(json.dumps({"about": record, "methods": summary}, indent=1) + "\n")
 
 
 def _range(value: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from diffcolor_core import DiffColor
-from tests.architectures import save_architecture
+from support.checkpoints import save_architecture
 from tests.core.test_colorizer import CONTEXT, QUICK, TARGET, scan_bytes
 
 

@@ -12,7 +12,7 @@ from diffcolor_core import DiffColor, DivergedError, Settings, preset, read_pict
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.models import weights_sha256
 from diffcolor_core.prior import contrastive_loss
-from tests.conftest import gray_picture
+from support.pictures import gray_picture
 
 QUICK = Settings(
     stage1=Stage1Settings(num_steps=3, learning_rate=1e-3, num_views=1),

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from diffcolor_core import UnreadableImageError, read_scan
-from tests.conftest import gray_picture
+from support.pictures import gray_picture
 
 BUDGET = settings(max_examples=300, deadline=None)
 FORMATS = {

@@ -78,7 +78,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import tempfile
 
-    from tests.conftest import save_tiny_checkpoint
+    from support.checkpoints import save_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_checkpoint(Path(folder))

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from support.pictures import make_archive
+from support.runs import MARK, processes
+from support.waiting import wait_for
 from tasks.manifest import query
 from tasks.storage import Store
-from tests.conftest import wait_for
-from tests.faults.harness import MARK, make_archive, processes
 
 ROOT = Path(__file__).parents[2]
 PREFECT = Path(sys.executable).with_name("prefect")

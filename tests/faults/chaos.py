@@ -19,11 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.about import record
-from tests.conftest import save_tiny_checkpoint
+from support.checkpoints import save_tiny_checkpoint
+from support.record import record
+from support.runs import NUM_IMAGES, Bench
+from support.s3_server import NoServerError, free_port, start, stop
 from tests.faults.faults import FAULTS, LOCAL, S3, Fault, NotHereError
-from tests.faults.harness import NUM_IMAGES, Bench
-from tests.s3_server import NoServerError, free_port, start, stop
 
 
 def main(

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 
+from support.poison import BALLOON, HANG, SEGFAULT
+from support.proxy import faulty_proxy
+from support.runs import Bench, Reckoning, Run, committed
+from support.waiting import wait_until
 from tasks.manifest import query
 from tasks.storage import Store
-from tests.faults.harness import Bench, Reckoning, Run, committed, wait_until
-from tests.faults.poison import BALLOON, HANG, SEGFAULT
-from tests.faults.proxy import faulty_proxy
 
 Fault = Callable[[Bench, str, int, random.Random], Reckoning]
 LOCAL, S3 = "local", "s3"

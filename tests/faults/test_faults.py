@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from support.runs import Bench
 from tests.faults.faults import FAULTS
-from tests.faults.harness import Bench
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from diffcolor_core import Settings, config
-from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
-
-QUICK = Settings(
-    stage1=Stage1Settings(num_steps=2, learning_rate=1e-3),
-    stage2=Stage2Settings(embedding_steps=2, model_steps=2),
-    sampling=SamplingSettings(num_steps=3),
-)
+from diffcolor_core import config
+from support.settings import QUICK
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,7 +70,7 @@ def test_a_study_by_command(run, tiny_folder, tmp_path):
     options = ("--task", "edit", "--method", "img2img", "--num", 1, "--model", tiny_folder)
     text = run("study", *options, "--json", tmp_path / "s.json", "--keep", tmp_path / "pictures")
     assert "edit_success" in text
-    assert json.loads((tmp_path / "s.json").read_text())["img2img"]["leakage"]["mean"] >= 0
+    assert json.loads((tmp_path / "s.json").read_text())["methods"]["img2img"]["leakage"]["mean"] >= 0
     assert (tmp_path / "pictures" / "edit" / "0000" / "img2img.png").exists()
     assert "imagic" in run("study", "--method", "list")
     assert "no method best" in run("study", "--method", "best", "--model", tiny_folder, code=2)

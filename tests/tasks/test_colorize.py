@@ -9,13 +9,13 @@ from PIL import Image
 
 from diffcolor_core import Settings
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
+from support.pictures import gray_picture
 from tasks.archive import CatalogRow
 from tasks.colorize import ImageWorker
 from tasks.manifest import commit_part, query
 from tasks.planning import RunConfig, open_plan
 from tasks.storage import Store
 from tasks.verify import verify
-from tests.conftest import gray_picture
 
 QUICK = Settings(
     stage1=Stage1Settings(num_steps=1, learning_rate=1e-3),

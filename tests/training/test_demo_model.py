@@ -1,4 +1,4 @@
-"""The weights that ship: their size, their loading, and that they obey words at all."""
+"""The weights of the demo model: their size, that they load, and that they obey words."""
 
 import io
 
@@ -13,12 +13,13 @@ from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.attention import phrase_regions
 from diffcolor_core.color import lightness
 from diffcolor_core.config import preset
-from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors, without_fit
-from diffcolor_core.demo.scenes import caption, draw_scene, recolored, render
 from diffcolor_core.images import gray_input
 from diffcolor_core.in_context import reconstruction_loss
 from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
 from diffcolor_core.prompts import noun_phrases
+from diffcolor_study.scenes import asked_colors, caption, draw_scene, recolored, render
+from diffcolor_study.scores import region_colors
+from diffcolor_training.evaluate import draw_pictures, without_fit
 
 
 def scenes(count: int):
@@ -82,7 +83,7 @@ def test_both_stages_with_the_demo_preset():
 
 
 def test_attention_finds_the_nouns():
-    """Without a segmenter, on gray: most pixels of most regions, against the renderer's own masks."""
+    """Regions found on the gray picture by attention alone, against the renderer's masks."""
     checkpoint = load_checkpoint("demo")
     shares = []
     for scene in scenes(4):

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from diffcolor_core import Picture
+from diffcolor_core.models import load_checkpoint
+from diffcolor_study.perceptual import Perceptual
+from diffcolor_study.photographs import fidelity, run_photographs
+from support.settings import QUICK
+
+
+def test_photographs_are_compared_with_what_they_were(tiny_folder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
+    picture = Picture(pixels)
+    assert fidelity(picture, picture) == {
+        "psnr": 100.0,
+        "ssim": pytest.approx(1),
+        "ssim_l": pytest.approx(1),
+        "colorfulness": pytest.approx(fidelity(picture, picture)["colorfulness"]),
+        "colorfulness_distance": 0.0,
+    }
+    picture.save(tmp_path / "one.png")
+    (tmp_path / "catalog.csv").write_text("image,context_prompt,target_prompt\none.png,a ball,a red ball\n")
+    checkpoint = load_checkpoint(str(tiny_folder))
+    common = {"methods": ["full"], "num": 5, "seed": 0, "folder": tmp_path / "out"}
+    figures = run_photographs(checkpoint, QUICK, tmp_path, judge=checkpoint, **common)
+    assert figures["full"]["ssim_l"][0] > 0.99
+    assert len(figures["full"]["clip_similarity"]) == 1
+    (tmp_path / "catalog.csv").write_text("file\none.png\n")
+    with pytest.raises(ValueError, match="needs rows"):
+        run_photographs(load_checkpoint(str(tiny_folder)), QUICK, tmp_path, methods=[], num=1, seed=0, folder=tmp_path)
+
+
+class MeanColors(torch.nn.Module):
+    num_features = 3
+
+    def forward(self, pictures):
+        return pictures.double().mean(dim=(2, 3)) / 255
+
+
+def test_sets_of_pictures_are_compared_by_their_features(tiny_folder, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    one, two = ([torch.rand(3, 8, 8, generator=generator) * s for _ in range(4)] for s in (1.0, 0.5))
+    networks = Perceptual(lambda x, y: (x - y).abs().mean(), MeanColors())
+    same, other = networks.set_distances(one, one), networks.set_distances(one, two)
+    assert same["fid"] == pytest.approx(0, abs=1e-6)
+    means = [np.array([(x * 255).round().numpy().mean(axis=(1, 2)) / 255 for x in side]) for side in (one, two)]
+    covariances = [np.cov(m.T) for m in means]
+    gap = ((means[0].mean(0) - means[1].mean(0)) ** 2).sum()
+    root = np.trace(scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real)  # Heusel et al. 2017, (6)
+    assert other["fid"] == pytest.approx(gap + np.trace(covariances[0] + covariances[1]) - 2 * root, rel=1e-3)
+    assert other["kid"] > same["kid"]
+
+    for number in range(2):
+        Picture(np.full((60, 80, 3), (200, 100, 50 * number), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "catalog.csv").write_text("image,context_prompt\n0.png,a ball\n1.png,a box\n")
+    figures = run_photographs(
+        load_checkpoint(str(tiny_folder)),
+        QUICK,
+        tmp_path,
+        methods=["img2img"],
+        num=2,
+        seed=0,
+        folder=tmp_path / "out",
+        perceptual=networks,
+    )
+    assert {name: len(values) for name, values in figures["img2img"].items() if name in ("lpips", "fid", "kid")} == {
+        "lpips": 2,
+        "fid": 1,
+        "kid": 1,
+    }
+
+
+def test_without_the_pretrained_networks_the_reason_and_the_remedy_are_told(monkeypatch):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    monkeypatch.setattr("diffcolor_study.perceptual.LearnedPerceptualImagePatchSimilarity", missing)
+    with pytest.raises(ValueError, match="pip install torchvision torch-fidelity.*No module named"):
+        Perceptual.load()

@@ -1,0 +1,33 @@
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from diffcolor_study.cases import draw_cases
+from diffcolor_study.pictures import lab_of
+from diffcolor_study.scenes import asked_colors
+from diffcolor_study.scores import leakage, region_right, region_scores
+
+
+def test_the_truth_scores_as_its_own_caption_says():
+    right, wrong_before_the_edit = [], []
+    for case in draw_cases("edit", 10, 4, 128):
+        own = replace(case, asked=tuple(asked_colors(case.scene.spec)))
+        scores = region_scores(own, lab_of(case.truth))
+        right.append(scores["all_right_per_image"])
+        if case.asked[case.edited] != own.asked[case.edited]:
+            wrong_before_the_edit.append(not region_right(case, lab_of(case.truth), case.edited))
+    assert np.mean(right) >= 0.9
+    assert len(wrong_before_the_edit) >= 5
+    assert all(wrong_before_the_edit)
+
+
+def test_leakage_counts_the_outside_only():
+    before, after = torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)
+    mask = torch.zeros(64, 64)
+    mask[20:40, 20:40] = 1
+    after[1, 20:40, 20:40] = 50
+    assert leakage(before, after, mask) == (0.0, 0.0)
+    after[1, 41] = 10
+    outside, band = leakage(before, after, mask)
+    assert 0 < outside < band
