@@ -5,7 +5,7 @@ safetensors file: weights, their average, and the optimizer's state flattened by
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ def fit_part(
 def _save(path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
     """Write the checkpoint under a temporary name first: it is there as a whole or not at all."""
     parameters = dict(module.named_parameters())
-    tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
+    tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in parameters.items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in zip(parameters, ema.shadow_params, strict=True)}
     tensors |= _state_of(get_optimizer_state_dict(module, optimizer, options=_FLAT))
     partial = path.with_suffix(".partial")
@@ -115,6 +115,6 @@ def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: 
     return step
 
 
-def _state_of(flat: dict[str, object]) -> dict[str, Tensor]:
+def _state_of(flat: Mapping[str, object]) -> dict[str, Tensor]:
     """AdamW's tensors in a flattened state dict, without the settings of its parameter groups."""
     return {name: value for name, value in flat.items() if isinstance(value, Tensor)}

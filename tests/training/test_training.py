@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -87,4 +89,4 @@ def test_the_rate_rises_and_falls():
     assert factors[0] == pytest.approx(1 / 200)
     assert max(factors) == factors[199] == pytest.approx(1 - 199 / 1000)
     assert factors[-1] == pytest.approx(1 / 1000)
-    assert all(a > b for a, b in zip(factors[199:], factors[200:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[199:]))
