@@ -1,6 +1,6 @@
-"""One picture of a run: each image as scan, primary and target(s), with its prompts.
+"""One picture of a run: scan, primary and target of each result, with its prompt. Draws docs/demo.jpg.
 
-python benchmarks/contact_sheet.py OUTPUT SHEET.png [--columns 2]
+make demo && python -m benchmarks.contact_sheet out/demo docs/demo.jpg     (seconds)
 """
 
 import textwrap
@@ -25,9 +25,9 @@ SQL = """select image_key, input_uri, primary_uri, target_prompt, output_uri fro
 
 def main(
     output: Annotated[str, typer.Argument(help="Folder that `diffcolor run` wrote to.")],
-    sheet: Annotated[Path, typer.Argument(help="PNG to write.")],
-    columns: Annotated[int, typer.Option(help="Results side by side.")] = 2,
-    limit: Annotated[int, typer.Option(help="At most so many results.")] = 24,
+    sheet: Annotated[Path, typer.Argument(help="PNG or JPEG to write.")],
+    columns: Annotated[int, typer.Option(help="Results in each line.")] = 2,
+    limit: Annotated[int, typer.Option(help="Draw at most this many results.")] = 24,
 ) -> None:
     """Draw the contact sheet."""
     rows = query(Store(output), SQL).fetchall()[:limit]

@@ -1,39 +1,51 @@
-"""What a fit costs, what new colours from it cost, and what a large scan costs in memory.
+"""What fits, recolourings and large scans cost in time and memory.
 
-python -m benchmarks.costs --json benchmarks/results/costs.json     (about 12 minutes on 2 CPU cores)
-
-Times are ratios within one process: recolouring against fitting the same scene, with the demo model. The
-large scans are fitted with a few steps, as the memory of a fit depends on the working size alone.
+python -m benchmarks.costs recolor --json benchmarks/results/costs.json                          (2 minutes)
+python -m benchmarks.costs recolor --preset paper --scenes 1 --json benchmarks/results/costs.json  (8 minutes)
+python -m benchmarks.costs large --json benchmarks/results/costs.json                            (3 minutes)
+python -m benchmarks.costs true-sizes --json benchmarks/results/costs.json    (10 minutes, 20 GB of memory)
 """
 
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.config import Settings
 from diffcolor_core.formats import encode
 from diffcolor_study.cases import draw_cases
+from support.checkpoints import save_architecture
 from support.record import record
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Store the figures in this file.")]
 
 LARGE = {"scan 6000 x 4000": (6000, 4000), "panorama 12600 x 2200": (12600, 2200)}
 BATCH = 8
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "pillow")
 
 
-def recolor_against_fit(name: str, num_scenes: int) -> dict[str, float]:
-    """Median seconds of a fit, of one new prompt, and of one in a batch of `BATCH`; and their ratios."""
+@app.command()
+def recolor(
+    name: Annotated[str, typer.Option("--preset", help="Settings of the fits.")] = "demo",
+    scenes: Annotated[int, typer.Option(help="Number of scenes; the figures are medians over them.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """Seconds of a fit, of one new prompt, and of one in a batch of eight, on the same scenes; demo model."""
     pipe = DiffColor.from_pretrained("demo", settings=preset(name))
-    cases = list(draw_cases("full-prompt", max(num_scenes, BATCH), 0, pipe.checkpoint.native_size_px))
+    cases = list(draw_cases("full-prompt", max(scenes, BATCH), 0, pipe.checkpoint.native_size_px))
     targets = [case.prompt or "" for case in cases[:BATCH]]
     fits, ones, batches = [], [], []
-    for case in cases[:num_scenes]:
+    for case in cases[:scenes]:
         fit = pipe.fit(case.gray.encode_png(), case.context_prompt)
         fits.append(fit.stage1_seconds + fit.stage2_seconds)
         pipe.recolor(fit, case.prompt)  # loads the fitted weights into the UNet, once for all prompts
@@ -41,29 +53,39 @@ def recolor_against_fit(name: str, num_scenes: int) -> dict[str, float]:
         batches.append(seconds_of(lambda f=fit: pipe.recolor(f, targets)) / BATCH)
         print(f"{name}: fit {fits[-1]:.1f} s, recolor {ones[-1]:.2f} s, of {BATCH} {batches[-1]:.2f} s", flush=True)
     fit_seconds, one, batch = map(statistics.median, (fits, ones, batches))
-    return {
-        "scenes": num_scenes,
+    figures = {
+        "scenes": scenes,
         "fit_seconds": fit_seconds,
         "recolor_seconds": one,
         "recolor_seconds_in_batch": batch,
         "fit_over_recolor": fit_seconds / one,
         "fit_over_recolor_in_batch": fit_seconds / batch,
     }
+    record(json_file, name, figures, *PACKAGES)
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """How long it took."""
+    """How long a call took."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
+@app.command()
+def large(json_file: JsonOption = None) -> None:
+    """Peak memory and time of a large scan and a panorama, each in its own process; demo model."""
+    fresh = multiprocessing.get_context("spawn")
+    for name, (width, height) in LARGE.items():
+        with fresh.Pool(1) as pool:
+            record(json_file, name, pool.apply(large_scan, (width, height)), *PACKAGES)
+
+
 def large_scan(width_px: int, height_px: int) -> dict[str, float]:
-    """Peak resident memory of this process with the model loaded, and after a scan from bytes to bytes."""
-    settings = preset("demo").model_dump()
-    settings["stage1"] |= {"num_steps": 2}
-    settings["stage2"] |= {"embedding_steps": 2, "model_steps": 2}
-    pipe = DiffColor.from_pretrained("demo", settings=Settings.model_validate(settings))
+    """Peak memory of this process with the model loaded, and after a scan from bytes to bytes.
+
+    The fit takes a few steps only: its memory depends on the working size, not on their number.
+    """
+    pipe = DiffColor.from_pretrained("demo", settings=few_steps(preset("demo"), 2))
     loaded = peak_bytes()
     rng = np.random.default_rng(0)
     gray = rng.integers(0, 256, (height_px // 8, width_px // 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -81,29 +103,68 @@ def large_scan(width_px: int, height_px: int) -> dict[str, float]:
     }
 
 
+def few_steps(settings: Settings, steps: int, **both_stages: Any) -> Settings:
+    """The settings with `steps` of each optimisation, and further fields of both stages."""
+    fields = settings.model_dump()
+    fields["stage1"] |= {"num_steps": steps, **both_stages}
+    fields["stage2"] |= {"embedding_steps": steps, "model_steps": steps, **both_stages}
+    return Settings.model_validate(fields)
+
+
 def peak_bytes() -> int:
-    """Of this process so far."""
+    """Peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
-    scenes: Annotated[int, typer.Option(help="For the demo preset; the paper's gets one.")] = 5,
-    only: Annotated[list[str] | None, typer.Option(help="demo, large or paper; repeat it.")] = None,
+@app.command()
+def true_sizes(
+    version: Annotated[str, typer.Option(help="Stable Diffusion 1.5 or 2.1.")] = "1.5",
+    size: Annotated[int, typer.Option(help="Side of the picture in pixels.")] = 512,
+    steps: Annotated[int, typer.Option(help="Steps of each optimisation.")] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains all weights.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_file: JsonOption = None,
 ) -> None:
-    """Measure one after the other; a process of its own for each large scan."""
-    packages = ("torch", "diffusers", "transformers", "pillow")
-    wanted = only or ["demo", "large", "paper"]
-    if "demo" in wanted:
-        record(json_file, "demo", recolor_against_fit("demo", scenes), *packages)
-    if "large" in wanted:
-        fresh = multiprocessing.get_context("spawn")
-        for name, (width, height) in LARGE.items():
-            with fresh.Pool(1) as pool:
-                record(json_file, name, pool.apply(large_scan, (width, height)), *packages)
-    if "paper" in wanted:
-        record(json_file, "paper", recolor_against_fit("paper", 1), *packages)
+    """Time and memory of one fit at Stable Diffusion's true sizes, with random weights.
+
+    The colours mean nothing; what counts is that the method runs, and what it costs. Needs 5 GB of disk.
+    """
+    cuda = device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32  # bfloat16 is slow on most CPUs
+    settings = few_steps(preset("paper"), steps, adapter_rank=rank or None)
+    settings = settings.model_copy(update={"sampling": settings.sampling.model_copy(update={"num_steps": 5})})
+    with tempfile.TemporaryDirectory() as folder:
+        save_architecture(Path(folder), version)
+        start = time.perf_counter()
+        pipe = DiffColor.from_pretrained(folder, settings=settings, device=device, dtype=dtype)
+    loaded = time.perf_counter()
+    gray = (np.linspace(0, 255, size)[None] * np.linspace(0.3, 1, size)[:, None]).astype(np.uint8)
+    scan = Picture(np.repeat(gray[..., None], 3, axis=-1)).encode_png()
+    fit = pipe.fit(scan, "a ball on a table")
+    fitted = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        fit.save(folder, with_scan=False)
+        fit_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
+    result = pipe.recolor(fit, "a red ball on a blue table")
+    done = time.perf_counter()
+    figures = {
+        "version": version,
+        "size_px": size,
+        "steps_each": steps,
+        "sampling_steps": 5,
+        "adapter_rank": rank or None,
+        "dtype": str(dtype),
+        "unet_parameters": sum(p.numel() for p in pipe.checkpoint.unet.parameters()),
+        "load_seconds": loaded - start,
+        "fit_seconds": fitted - loaded,
+        "recolor_seconds": done - fitted,
+        "fit_bytes_without_scan": fit_bytes,
+        "p99_abs_delta_l": result.metrics["p99_abs_delta_l"],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else peak_bytes(),
+    }
+    gpu = torch.cuda.get_device_name() if cuda else None
+    record(json_file, f"SD {version}", figures, *PACKAGES, gpu=gpu)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

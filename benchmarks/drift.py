@@ -1,14 +1,13 @@
-"""Does alignment save colour edges where generated structure drifted? Figures and one picture.
+"""Does alignment (equation 4) save colour edges where the generated structure has drifted?
 
-python benchmarks/drift.py --json benchmarks/results/drift.json --figure docs/drift.png
+python -m benchmarks.drift --json benchmarks/results/drift.json --figure docs/drift.png      (2 minutes)
 
-1. Known drift: a scene's true colours, moved sideways by some pixels together with their structure, are
-   brought back by equation (4); the error is the mean Delta E_ab of a*b* against the truth.
-2. Drift as it comes: pictures generated without luminance projection from strong noise; the error is the
+1. Known drift: a scene is moved sideways by some pixels, colours and structure together. Alignment brings
+   its colours back; the error is the mean Delta E_ab of a*b* against the truth.
+2. Natural drift: pictures are generated from strong noise without luminance projection. The error is the
    share of pixels within 3 px of a region's border whose nearest named colour is not the one asked for.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.sampling import generate
 from diffcolor_study.cases import Case, draw_cases
 from diffcolor_study.scenes import Scene, nearest_color
+from support.record import record
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -34,18 +34,17 @@ import matplotlib.pyplot as plt
 ALIGNMENTS = {
     "none": AlignmentSettings(enabled=False),
     "unet": AlignmentSettings(radius=2),
-    "vae": AlignmentSettings(features="vae", radius=2),
 }
 
 
 def main(
-    num: Annotated[int, typer.Option(help="Scenes.")] = 20,
+    num: Annotated[int, typer.Option(help="Number of scenes.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of scenes, prompts and noise.")] = 11,
-    strength: Annotated[float, typer.Option(help="Starting noise of the second part.")] = 0.9,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw the case that alignment helped most.")] = None,
+    strength: Annotated[float, typer.Option(help="Starting noise of the natural drift, 0 to 1.")] = 0.9,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Store the figures in this file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the case that alignment helped most, as PNG.")] = None,
 ) -> None:
-    """Measure both, print and write the figures."""
+    """Measure both kinds of drift and record the figures."""
     checkpoint = load_checkpoint("demo")
     known: dict[str, dict[str, list[float]]] = {name: {} for name in ALIGNMENTS}
     as_it_comes: dict[str, list[float]] = {name: [] for name in ALIGNMENTS}
@@ -55,7 +54,8 @@ def main(
         for pixels in (0, 2, 4, 6, 8):
             moved = torch.roll(scene.rgb, pixels, dims=2) * 2 - 1
             for name, chroma in aligned(checkpoint, scene, moved, seed).items():
-                error = (chroma - srgb_to_lab(scene.rgb)[1:])[..., 8:].norm(dim=0).mean()  # but for what came in
+                difference = (chroma - srgb_to_lab(scene.rgb)[1:])[..., 8:]  # columns 0 to 7 rolled in from the right
+                error = difference.norm(dim=0).mean()
                 known[name].setdefault(f"{pixels} px", []).append(float(error))
         x = generated(checkpoint, case, strength, seed + number)
         chromas = aligned(checkpoint, scene, x, seed)
@@ -72,15 +72,13 @@ def main(
         "seed": seed,
         "strength": strength,
     }
-    print(json.dumps(figures, indent=1))
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    record(json_file, "drift", figures, "torch", "diffusers")
     if figure is not None:
         draw(max(gains, key=lambda gain: gain[0])[1], figure)
 
 
 def aligned(checkpoint: Checkpoint, scene: Scene, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """The chroma of x [3, h, w] in [-1, 1] on the scene's structure, by each way of alignment."""
+    """The chroma of x [3, h, w] in [-1, 1] brought to the scene's structure, with each of ALIGNMENTS."""
     gray = scene.gray.expand(3, -1, -1) * 2 - 1
     return {
         name: align_chroma(checkpoint, gray, x, chroma_of(x), settings, torch.Generator().manual_seed(seed))
@@ -89,7 +87,7 @@ def aligned(checkpoint: Checkpoint, scene: Scene, x: Tensor, seed: int) -> dict[
 
 
 def generated(checkpoint: Checkpoint, case: Case, strength: float, seed: int) -> Tensor:
-    """img2img of the gray scene under the full prompt, without luminance projection: [3, h, w]."""
+    """The gray scene coloured under the full prompt without luminance projection: [3, h, w] in [-1, 1]."""
     z = checkpoint.encode((case.scene.gray.expand(3, -1, -1) * 2 - 1)[None])
     sampling = SamplingSettings(num_steps=16, strength=strength, project_luminance=False)
     embeds = checkpoint.encode_prompts([case.prompt or ""])
@@ -99,7 +97,7 @@ def generated(checkpoint: Checkpoint, case: Case, strength: float, seed: int) ->
 
 
 def wrong_at_borders(case: Case, chroma: Tensor, width: int = 3) -> float:
-    """Share of pixels within `width` of a border of their region that have not the colour asked for."""
+    """Share of the pixels within `width` px of their region's border that do not have the colour asked for."""
     wrong: list[bool] = []
     for word, mask in zip(case.asked, case.scene.masks, strict=True):
         inner = -F.max_pool2d(-mask[None, None], 2 * width + 1, stride=1, padding=width)[0, 0] > 0.99
@@ -109,7 +107,7 @@ def wrong_at_borders(case: Case, chroma: Tensor, width: int = 3) -> float:
 
 
 def draw(pictures: list[Tensor], path: Path) -> None:
-    """The scan, what was generated, and its colours on the scan without and with alignment."""
+    """Draw the scan, the generated picture, and its colours on the scan without and with alignment."""
     titles = ("scan", "generated", "its colours, not aligned", "aligned")
     figure, axes = plt.subplots(1, 4, figsize=(9, 2.5))
     for axis, title, x in zip(axes, titles, pictures, strict=True):

@@ -1,10 +1,10 @@
-"""A simulated fleet: nodes with eight fake GPUs each, an actor that sleeps on every GPU; nodes join, die, are replaced.
+"""A simulated fleet: one run of the real flow on nodes that join, die and are replaced.
 
-python -m benchmarks.fleet --json benchmarks/results/scale.json
+python -m benchmarks.fleet --json benchmarks/results/scale.json            (15 minutes)
 
-One run of the real flow. The nodes are Ray nodes of this one machine and join one by one: its cores bound
-how fast their processes start. Asserts that every image is done exactly once and none is blamed for the
-loss of its node. Draws docs/fleet.png.
+Each node is a Ray node on this machine with eight pretended GPUs and one sleeping actor per GPU. Nodes join
+one by one, because the machine's cores bound how fast their processes start. Fails unless every image is
+done exactly once and none is blamed for the loss of its node. Draws docs/fleet.png.
 """
 
 import os
@@ -34,26 +34,26 @@ import matplotlib.pyplot as plt
 
 GPUS_PER_NODE = 8
 HOLD_SECONDS = 25.0
-"""How long nothing changes after a node has joined: what is measured, but for its first image."""
+"""How long to measure after a node has joined before the next one joins."""
 
 
 @dataclass
 class Fleet:
-    """The nodes, and what has happened to them when."""
+    """The nodes, and when their number changed: (time, number of nodes)."""
 
     cluster: Any
     nodes: list[Any] = field(default_factory=list)
     events: list[tuple[float, int]] = field(default_factory=list)
 
     def join(self) -> None:
-        """One more node; returns when all its actors are at work."""
+        """Add a node and return when all its actors are at work."""
         self.nodes.append(self.cluster.add_node(num_cpus=GPUS_PER_NODE, num_gpus=GPUS_PER_NODE))
         while at_work() < GPUS_PER_NODE * len(self.nodes):
             time.sleep(0.5)
         self.events.append((time.time(), len(self.nodes)))
 
     def lose(self) -> None:
-        """The oldest node dies."""
+        """Kill the oldest node and return when its actors are gone."""
         self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
         self.events.append((time.time(), len(self.nodes)))
         while at_work() > GPUS_PER_NODE * len(self.nodes):
@@ -61,15 +61,15 @@ class Fleet:
 
 
 def at_work() -> int:
-    """Actors that have an image in flight: Ray names a process after what it does."""
+    """How many actors have an image in flight: Ray names a process after the method it runs."""
     titles = (process.info["cmdline"] for process in psutil.process_iter(["cmdline"]))
     return sum(bool(title) and title[0].startswith("ray::FleetWorker.colorize") for title in titles)
 
 
 def measure(num_nodes: int, num_images: int, num_losses: int) -> dict[str, Any]:
-    """The run: nodes join until there are `num_nodes`, then `num_losses` times one dies and a new one joins."""
+    """One run: nodes join up to `num_nodes`, then `num_losses` times one dies and a new one joins."""
     os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read when Ray is imported
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # Ray reads them on import
     from ray.cluster_utils import Cluster
 
     from flows.colorize_archive import colorize_archive
@@ -125,7 +125,7 @@ def measure(num_nodes: int, num_images: int, num_losses: int) -> dict[str, Any]:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Throughput against actors; the run over time."""
+    """Plot throughput against actors, and throughput over time."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     left.plot(figures["actors"], figures["ideal_images_per_second"], "--", color="gray", label="without any overhead")
     left.plot(figures["actors"], figures["images_per_second"], "o-", label="measured")
@@ -144,13 +144,13 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    nodes: Annotated[int, typer.Option(help="Of eight actors each.")] = 8,
-    images: Annotated[int, typer.Option(help="Enough to last until the last node has joined.")] = 6000,
+    nodes: Annotated[int, typer.Option(help="Number of nodes, each with eight actors.")] = 8,
+    images: Annotated[int, typer.Option(help="Images: enough to last until the last node has joined.")] = 6000,
     losses: Annotated[int, typer.Option(help="Nodes that die and are replaced.")] = 3,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
-    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("docs/fleet.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Store the figures in this file.")] = None,
+    picture: Annotated[Path, typer.Option(help="Write the plot to this file.")] = Path("docs/fleet.png"),
 ) -> None:
-    """About a quarter of an hour on 2 CPU cores."""
+    """Run the fleet, plot it and record its figures."""
     figures = measure(nodes, images, losses)
     draw(figures, picture)
     del figures["finished"]

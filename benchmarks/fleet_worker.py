@@ -1,4 +1,4 @@
-"""A worker that sleeps and writes, without torch: dozens of its processes fit into a small machine."""
+"""A worker that only sleeps and writes. It does not import torch, so dozens fit into a small machine."""
 
 import hashlib
 import time
@@ -13,7 +13,7 @@ PICTURE = b"what an image would be"
 
 
 class FleetWorker:
-    """In the place of `tasks.colorize.ImageWorker`."""
+    """Replaces `tasks.colorize.ImageWorker`."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
         self.config, self.output = config, Store(config.output)
@@ -25,7 +25,7 @@ class FleetWorker:
         return str(ray.get_runtime_context().get_node_id())
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
-        """A file and a row for each variant, after a sleep."""
+        """Sleep, then write a file and a row for each variant."""
         started_at = datetime.now(UTC)
         time.sleep(SLEEP_SECONDS)
         rows = []

@@ -1,9 +1,9 @@
-"""The cost of everything but the colorizer: real flow, real Ray, real manifest, a worker that sleeps.
+"""What the pipeline itself costs: the real flow, Ray and manifest around a worker that sleeps instead of colorizing.
 
-python -m benchmarks.pipeline --json benchmarks/results/scale.json
+python -m benchmarks.pipeline --json benchmarks/results/scale.json         (6 minutes)
 
-Runs on local Ray with an embedded Prefect server. Where there are fewer cores than actors, the sleepers
-still sleep side by side, and what they do besides competes for the cores: the figures are upper bounds.
+Runs on local Ray with an embedded Prefect server. With fewer cores than actors, everything but the sleep
+competes for the cores, so the figures are upper bounds.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from benchmarks.sleeper import SECONDS, SleepingWorker
+from benchmarks.sleeping_worker import SECONDS, SleepingWorker
 from support.record import record
 from tasks.manifest import query
 from tasks.storage import Store
@@ -28,7 +28,7 @@ SQL = """select count(*), epoch(max(finished_at)) - epoch(min(started_at)), sum(
 
 
 def make_archive(folder: Path, num_images: int) -> None:
-    """Small gray pictures and a catalog."""
+    """`num_images` small gray pictures and a catalog."""
     folder.mkdir()
     lines = ["image,context_prompt,target_prompt"]
     for number in range(num_images):
@@ -38,7 +38,7 @@ def make_archive(folder: Path, num_images: int) -> None:
 
 
 def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -> dict[str, float]:
-    """One run through the flow."""
+    """The figures of one run through the flow."""
     os.environ |= {"PREFECT_LOGGING_LEVEL": "WARNING", SECONDS: str(seconds)}
     os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     from prefect.testing.utilities import prefect_test_harness
@@ -47,7 +47,7 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
     from tasks import actors
 
     with (
-        prefect_test_harness(server_startup_timeout=120),  # a server with an empty database, stopped at the end
+        prefect_test_harness(server_startup_timeout=120),  # a server with an empty database
         patch.object(actors, "ImageWorker", SleepingWorker),
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -67,7 +67,7 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
         "actors": num_actors,
         "shard_size": shard_size,
         "wall_seconds": wall,
-        "span_seconds": span,  # from the first image's start to the last one's end
+        "span_seconds": span,  # from the start of the first image to the end of the last
         "overhead_ms_per_image": 1000 * (span - ideal) / num_images,
         "overhead_share": (span - ideal) / span,
         "actors_idle_share": 1 - slept / (span * num_actors),
@@ -76,11 +76,11 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
 
 
 def main(
-    images: Annotated[int, typer.Option(help="Of each run.")] = 2000,
-    actors: Annotated[int, typer.Option(help="Of the run that sleeps one second.")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Put the figures here.")] = None,
+    images: Annotated[int, typer.Option(help="Images of each run.")] = 2000,
+    actors: Annotated[int, typer.Option(help="Actors of the second run.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Store the figures in this file.")] = None,
 ) -> None:
-    """Sleep 0 s on two actors, then 1 s on several, each run in a process of its own."""
+    """Two runs, each in its own process: no sleep with two actors, then one second with several."""
     figures = []
     fresh = multiprocessing.get_context("spawn")
     for arguments in ((images, 0.0, 2, 32), (images, 1.0, actors, 32)):

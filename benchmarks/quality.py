@@ -1,9 +1,9 @@
-"""The whole study: every task, baselines and ablations, to benchmarks/results/quality.json, a table and a picture.
+"""The whole study: the method, its rivals and its ablations on rendered scenes, for one seed.
 
-python -m benchmarks.quality --num 16 --seed 100        (about an hour and a half on 2 CPU cores; it resumes)
+python -m benchmarks.quality --num 16 --seed 100      (1.5 hours; resumes; `make study`)
 
-Each (task, method) is kept in OUT as soon as it is finished, and not run again for the same seed,
-number of scenes and settings.
+Writes benchmarks/results/quality.json and draws docs/quality.jpg. Each (task, method) is kept in OUT as soon as
+it is finished and not run again for the same model, settings, seed and number of scenes.
 """
 
 import json
@@ -16,8 +16,8 @@ import typer
 
 from diffcolor_core import preset
 from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
-from diffcolor_study import run_study, summarise
-from support.record import about as about_machine
+from diffcolor_study.about import about
+from diffcolor_study.runner import run_study, summarise
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -30,7 +30,6 @@ RIVALS = {
 }
 ABLATIONS = {
     "full-prompt": [
-        "word-weights",
         "no-fit",
         "no-regional",
         "negative-empty",
@@ -38,56 +37,39 @@ ABLATIONS = {
         "untrained-stage1",
         "no-projection",
         "no-alignment",
-        "vae-alignment",
         "no-identifiers",
         "adapters",
         "half-steps",
         "double-steps",
         "alpha-0.8",
         "alpha-1.2",
-        "alpha-auto",
-        "alpha-auto-weighted",
     ],
     "edit": ["no-fit", "negative-empty", "adapters"],
     "automatic": [
         "untrained-stage1",
         "no-contrastive",
         "no-anti-color",
+        "no-views",
+        "no-early-stop",
         "noise-target",
         "all-timesteps",
         "double-steps",
     ],
 }
-FIGURES = (
-    "object_color_accuracy",
-    "neutral_accuracy",
-    "all_right_per_image",
-    "edit_success",
-    "leakage",
-    "leakage_band",
-    "leakage_anew",
-    "colorfulness",
-    "colorfulness_distance",
-    "clip_similarity",
-    "clip_margin",
-    "anti_color_look",
-    "p99_abs_delta_l",
-    "mean_abs_delta_l_before_lock",
-    "fit_seconds",
-    "recolor_seconds",
-)
 
 
 def main(
-    num: Annotated[int, typer.Option(help="Scenes for the method and its rivals; the ablations get half.")] = 16,
+    num: Annotated[int, typer.Option(help="Scenes for the method and its rivals; ablations get half.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of scenes and prompts.")] = 100,
     preset_name: Annotated[str, typer.Option("--preset", help="Settings that the methods derive from.")] = "demo",
-    task: Annotated[list[str] | None, typer.Option(help="Only this task; repeat it.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Run only this task; repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and finished parts.")] = Path("out/quality"),
-    results: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/quality.json"),
-    figure: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("docs/quality.jpg"),
+    results: Annotated[Path, typer.Option("--json", help="Write the figures to this file.")] = Path(
+        "benchmarks/results/quality.json"
+    ),
+    figure: Annotated[Path, typer.Option(help="Draw the picture here.")] = Path("docs/quality.jpg"),
 ) -> None:
-    """Run what is not there yet, then write figures, table and picture."""
+    """Run what is not finished, then write the figures and draw the picture."""
     settings = preset(preset_name)
     checkpoint, judge = load_checkpoint("demo"), load_checkpoint("demo", clip=str(DEMO_JUDGE))
     folder = out / f"{checkpoint.model_revision[7:15]}-{settings.sha256()[:8]}-{num}-{seed}"
@@ -105,36 +87,22 @@ def main(
     tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {name: {} for name in RIVALS}
     for name, method, _ in plan:
         part = folder / f"{name}-{method}.json"
-        if part.exists():  # with --task, what other calls have finished
+        if part.exists():  # with --task, those that other calls have finished
             tables[name][method] = json.loads(part.read_text())
-    about = {
+    record = {
         "seed": seed,
         "preset": preset_name,
         "settings": settings.model_dump(mode="json"),
         "model": f"demo {checkpoint.model_revision}",
-        **about_machine("torch", "diffusers", "transformers", "peft"),
+        **about("torch", "diffusers", "transformers", "peft"),
     }
-    results.write_text(json.dumps({"about": about, **tables}, indent=1) + "\n")
-    for name, table in tables.items():
-        print(f"\n{name}\n{markdown(table)}")
+    results.write_text(json.dumps({"about": record, **tables}, indent=1) + "\n")
     if set(RIVALS["full-prompt"]) <= tables["full-prompt"].keys():
         draw(folder, figure, RIVALS["full-prompt"], rows=min(num, 5))
 
 
-def markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A table of means with their 95% intervals."""
-    shown = [figure for figure in FIGURES if any(figure in row for row in table.values())]
-    lines = ["| method | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
-    for method, row in table.items():
-        cells = [
-            f"{row[f]['mean']:.3g} ({row[f]['low']:.2g} to {row[f]['high']:.2g})" if f in row else "" for f in shown
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def draw(folder: Path, path: Path, methods: list[str], rows: int) -> None:
-    """Gray, truth and each method side by side."""
+    """Draw gray, truth and each method side by side, one scene in each row."""
     names = ["gray", "truth", *methods]
     figure, axes = plt.subplots(rows, len(names), figsize=(1.5 * len(names), 1.55 * rows), squeeze=False)
     for row, line in enumerate(axes):

@@ -1,4 +1,4 @@
-"""A worker that does everything but colorize: it reads, decodes, sleeps, writes, and makes rows."""
+"""A worker that does everything but colorize: it reads, decodes, sleeps, writes and makes rows."""
 
 import hashlib
 import io
@@ -19,10 +19,10 @@ SECONDS = "DIFFCOLOR_SLEEP_SECONDS"
 
 
 class SleepingWorker(ImageWorker):
-    """In the place of `ImageWorker`, for measuring what lies around it."""
+    """Replaces `ImageWorker` when the cost of the pipeline around it is measured."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
-        super().__init__(replace(config, device="cpu"), num_threads)  # its GPU, if any, is a simulated one
+        super().__init__(replace(config, device="cpu"), num_threads)  # a GPU here would be a simulated one
         sink = io.BytesIO()
         Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(sink, "PNG")
         self.picture = sink.getvalue()
