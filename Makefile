@@ -1,51 +1,59 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# One surface for all that there is to do. `make help` lists it; `make demo` and `make test` set up what they need.
 PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= out/demo
-# Threads that spin for long starve other processes of the machine (torch, where it uses GNU OpenMP).
+MODEL ?= demo
+RESULTS := benchmarks/results
+# Long spin-waits starve other processes; none at all slows each step (torch, where it uses GNU OpenMP).
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test lint demo-model study evaluate chaos bench
+.PHONY: help setup demo test lint bench study docs train chaos
+.DEFAULT_GOAL := help
 
-setup: .venv/.installed
+help:  ## List these commands.
+	@sed -En 's/^([a-z]+):[^#]*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+setup: .venv/.installed  ## Create .venv with the pinned versions; the other commands do it when needed.
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Colorize the sample archive through the real flow, then show where to look.
+demo: setup  ## Colorize the sample archive into out/demo, in 2 minutes.
 	$(BIN)/diffcolor run examples/archive $(OUT)
 	$(BIN)/diffcolor status $(OUT)
-	$(BIN)/python benchmarks/contact_sheet.py $(OUT) $(OUT)/contact-sheet.png
-	@echo "look at $(OUT)/contact-sheet.png and $(OUT)/images; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
+	@echo "look at $(OUT)/images; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
-test: setup
+test: setup  ## Run all tests, with real local Ray and Prefect servers.
 	$(BIN)/pytest
 
-lint: setup
+lint: setup  ## Check format, style, types, import contracts and the Dockerfile.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/docker/Dockerfile
 
-demo-model: setup  ## Train the demo model anew into out/demo-model; stopped, it goes on from its checkpoint.
-	$(BIN)/python -m diffcolor_training.demo --out out/demo-model
+bench: setup  ## Measure costs and scale, then make the docs; 50 minutes on 2 idle cores.
+	$(BIN)/python -m benchmarks.costs recolor --json $(RESULTS)/costs.json
+	$(BIN)/python -m benchmarks.costs recolor --preset paper --scenes 1 --json $(RESULTS)/costs.json
+	$(BIN)/python -m benchmarks.costs large --json $(RESULTS)/costs.json
+	$(BIN)/python -m benchmarks.scale plan --json $(RESULTS)/scale.json
+	$(BIN)/python -m benchmarks.scale queries --json $(RESULTS)/scale.json
+	$(BIN)/python -m benchmarks.pipeline --json $(RESULTS)/scale.json
+	$(BIN)/python -m benchmarks.fleet --json $(RESULTS)/scale.json
+	$(BIN)/python -m benchmarks.report
 
-study: setup  ## The method against baselines and ablations; hours on a CPU, resumes.
+study: setup  ## Measure the method against its rivals and ablations, then make the docs; 1.5 hours, resumes.
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.report
 
-evaluate: setup  ## Does the demo model obey its words?
-	$(BIN)/python -m diffcolor_training.evaluate --num 40 --seed 7
+docs: setup  ## Make docs/results.md and its plots from benchmarks/results.
+	$(BIN)/python -m benchmarks.report
 
-chaos: setup  ## Faults injected into real runs, on a local disk and on S3; about two hours on 2 cores.
-	$(BIN)/python -m tests.faults.chaos --rounds 3 --json benchmarks/results/chaos.json
+train: setup  ## Train a bundled model into out/MODEL-model (MODEL=demo); 2 hours, resumes.
+	$(BIN)/python -m diffcolor_training.$(MODEL) --out out/$(MODEL)-model
 
-bench: setup  ## What the pipeline costs at scale, what a fit costs; about 40 minutes on 2 idle CPU cores.
-	$(BIN)/python -m benchmarks.planning --json benchmarks/results/scale.json
-	$(BIN)/python -m benchmarks.queries --json benchmarks/results/scale.json
-	$(BIN)/python -m benchmarks.pipeline --json benchmarks/results/scale.json
-	$(BIN)/python -m benchmarks.fleet --json benchmarks/results/scale.json
-	$(BIN)/python -m benchmarks.plot_scale
-	$(BIN)/python -m benchmarks.costs --json benchmarks/results/costs.json
+chaos: setup  ## Inject faults into real runs, on a local disk and on S3; 2 hours.
+	$(BIN)/python -m tests.faults.chaos --rounds 3 --json $(RESULTS)/chaos.json
