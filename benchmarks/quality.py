@@ -30,7 +30,6 @@ RIVALS = {
 }
 ABLATIONS = {
     "full-prompt": [
-        "word-weights",
         "no-fit",
         "no-regional",
         "negative-empty",
@@ -38,15 +37,12 @@ ABLATIONS = {
         "untrained-stage1",
         "no-projection",
         "no-alignment",
-        "vae-alignment",
         "no-identifiers",
         "adapters",
         "half-steps",
         "double-steps",
         "alpha-0.8",
         "alpha-1.2",
-        "alpha-auto",
-        "alpha-auto-weighted",
     ],
     "edit": ["no-fit", "negative-empty", "adapters"],
     "automatic": [

@@ -1,7 +1,6 @@
 """DiffColor (arXiv 2308.01655): object-level colorization of photographs by text.
 
-Torch and the libraries around it are loaded with the first name that needs them, not with the package: planning,
-queries and `--help` need none.
+Each name below is imported when it is first used, so that planning, queries and `--help` start without torch.
 """
 
 from importlib import import_module
@@ -13,17 +12,17 @@ if TYPE_CHECKING:
     from diffcolor_core.color_terms import ColorReport
     from diffcolor_core.colorizer import DiffColor, Result
     from diffcolor_core.config import PRESETS, Settings, preset
-    from diffcolor_core.decoding import UnreadableImageError
-    from diffcolor_core.fits import Fit, FitError
-    from diffcolor_core.images import DivergedError, Picture, Scan, read_picture, read_scan
+    from diffcolor_core.errors import DivergedError, FitError, ModelError, UnreadableImageError
+    from diffcolor_core.fits import Fit
+    from diffcolor_core.images import Picture, Scan, read_picture, read_scan
 
 _MODULES = {
     "color_terms": ("ColorReport",),
     "colorizer": ("DiffColor", "Result"),
     "config": ("PRESETS", "Settings", "preset"),
-    "decoding": ("UnreadableImageError",),
-    "fits": ("Fit", "FitError"),
-    "images": ("DivergedError", "Picture", "Scan", "read_picture", "read_scan"),
+    "errors": ("DivergedError", "FitError", "ModelError", "UnreadableImageError"),
+    "fits": ("Fit",),
+    "images": ("Picture", "Scan", "read_picture", "read_scan"),
 }
 
 __all__ = [
@@ -33,6 +32,7 @@ __all__ = [
     "DivergedError",
     "Fit",
     "FitError",
+    "ModelError",
     "Picture",
     "Result",
     "Scan",

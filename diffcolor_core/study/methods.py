@@ -37,8 +37,8 @@ def _steps(factor: float) -> Callable[[Settings], Settings]:
     return derive
 
 
-_PAPERS = {"word_weights": (), "keep_unchanged": False, "negative_context": False, "regional_prompts": False}
-_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alphas": (1.0,), **_PAPERS}
+_PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False}
+_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alpha": 1.0, **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False}
 
@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
         _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "pure noise, luminance transfer"
     ),
     "imagic": Method(
-        _with(**_PLAIN, stage2={"alphas": (1.2,), **_PAPERS}, sampling=_OFF),
+        _with(**_PLAIN, stage2={"alpha": 1.2, **_PAPERS}, sampling=_OFF),
         "stage 2 on the gray picture, without stage 1",
     ),
     "stage1": Method(
@@ -98,19 +98,12 @@ METHODS: dict[str, Method] = {
     "double-steps": Method(_steps(2), "twice the optimisation steps"),
     "no-projection": Method(_with(sampling=_OFF), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
-    "vae-alignment": Method(_with(alignment={"enabled": True, "features": "vae"}), "alignment by VAE features"),
     "no-identifiers": Method(_with(stage2={"use_identifiers": False}), "without identifiers"),
     "full-weights": Method(_with(stage2={"adapter_rank": None}), "all UNet weights instead of adapters"),
     "adapters": Method(_with(stage2={"adapter_rank": 4, "model_learning_rate": 1e-3}), "low-rank adapters of rank 4"),
-    "alpha-0.8": Method(_with(stage2={"alphas": (0.8,)}), "alpha 0.8"),
-    "alpha-1.0": Method(_with(stage2={"alphas": (1.0,)}), "alpha 1.0"),
-    "alpha-1.2": Method(_with(stage2={"alphas": (1.2,)}), "alpha 1.2"),
-    "alpha-auto": Method(_with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4)}), "the best of four alphas"),
-    "alpha-auto-weighted": Method(
-        _with(stage2={"alphas": (0.8, 1.0, 1.2, 1.4), "word_weights": (1.3, 1.6)}),
-        "the best of four alphas, ignored words exaggerated",
-    ),
-    "word-weights": Method(_with(stage2={"word_weights": (1.5, 2.0)}), "colour words exaggerated where ignored"),
+    "alpha-0.8": Method(_with(stage2={"alpha": 0.8}), "alpha 0.8"),
+    "alpha-1.0": Method(_with(stage2={"alpha": 1.0}), "alpha 1.0"),
+    "alpha-1.2": Method(_with(stage2={"alpha": 1.2}), "alpha 1.2"),
     "negative-context": Method(_with(stage2={"negative_context": True}), "the plain context prompt as negative prompt"),
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "regional": Method(_with(stage2={"regional_prompts": True}), "each noun's region under its own colour alone"),

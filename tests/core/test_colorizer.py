@@ -174,7 +174,7 @@ def test_regional_prompts_give_each_noun_its_own_colour(pipe):
 
 
 def test_a_phrase_is_exaggerated_alone():
-    from diffcolor_core.in_context import exaggerate
+    from diffcolor_core.stage2 import exaggerate
 
     e, empty = torch.randn(1, 6, 4), torch.randn(1, 3, 4)
     neutral = torch.cat((empty, empty), dim=1)

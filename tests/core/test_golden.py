@@ -48,7 +48,7 @@ def stage1(folder: Path) -> dict[str, list[float]]:
 def stage2(folder: Path) -> dict[str, list[float]]:
     from diffcolor_core.config import SamplingSettings
     from diffcolor_core.images import gray_input
-    from diffcolor_core.in_context import finetune_model, interpolate, optimise_embedding
+    from diffcolor_core.stage2 import finetune_model, interpolate, optimise_embedding
     from diffcolor_core.models import load_checkpoint
     from diffcolor_core.sampling import generate
 
