@@ -10,7 +10,6 @@ Symbols as in `docs/method.md`:
 [P] marks what is the paper's, [A] its author's prototype's, [O] ours.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,15 @@ from diffcolor_core.images import gray_input
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.progress import Progress
 from diffcolor_core.sampling import generate
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeds of the texts: T(c) [1, tokens, width], f_T(c) [1, d] and f_T(c_k^-) [K, d]."""
+
+    context: Tensor
+    positive: Tensor
+    negatives: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,11 @@ def colorize_with_prior(
 
     # 1. z = s E(x_gray), and the embeddings of all texts
     z = checkpoint.encode(gray_input(lightness)[None].to(checkpoint.device))  # [1, C, h/f, w/f]
-    texts = Texts.of(checkpoint, context_prompt, stage1.anti_color_prompts)
+    texts = Texts(
+        checkpoint.encode_prompts([context_prompt]),
+        checkpoint.clip_text_features([context_prompt]),
+        checkpoint.clip_text_features(stage1.anti_color_prompts),
+    )
 
     # 2. N1 steps on equation (3)
     unet = trainable_copy(checkpoint.unet, stage1.adapter_rank, generator)
@@ -83,24 +95,6 @@ def colorize_with_prior(
     # 4. equation (4): x_pri aligned to x_gray
     chroma = align_chroma(checkpoint, lightness, generated, settings.alignment, generator)
     return Prior(chroma, generated, losses)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The prompts of stage 1. context: T(c) [1, tokens, width]. positive, negatives: f_T(c) [1, d], f_T(c_k^-) [K, d]."""
-
-    context: Tensor
-    positive: Tensor
-    negatives: Tensor
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, context_prompt: str, anti_color_prompts: Sequence[str]) -> "Texts":
-        """Encode the prompts once for all steps."""
-        return cls(
-            checkpoint.encode_prompts([context_prompt]),
-            checkpoint.clip_text_features([context_prompt]),
-            checkpoint.clip_text_features(anti_color_prompts),
-        )
 
 
 def prior_loss(

@@ -2,9 +2,9 @@
 
 Symbols as in `docs/method.md`:
 
-    x^_pri   the primary: chroma beside the scan's lightness   z, z_t, eps, t   its latent, noised latent, noise, timestep
-    c, c'    context prompt, the same with identifiers         c^               target prompt
-    T(c)     checkpoint.encode_prompts([c])                    e_opt, theta     what (5) and (6) find
+    x^_pri   the primary: chroma beside the scan's lightness    z, z_t, eps, t  latent, noised latent, noise, time
+    c, c'    context prompt, the same with identifiers          c^              target prompt
+    T(c)     checkpoint.encode_prompts([c])                     e_opt, theta    what (5) and (6) find
     x_fin    `chroma` of a Recoloring beside the scan's lightness
 
 [P] marks what is the paper's, [A] its author's prototype's, [O] ours. Steps 1 to 3 are done once for a photograph
@@ -13,6 +13,7 @@ Symbols as in `docs/method.md`:
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -33,7 +34,6 @@ from diffcolor_core.color_terms import (
 )
 from diffcolor_core.config import Settings
 from diffcolor_core.diffusion import add_noise, training_target
-from diffcolor_core.errors import FitError
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import Checkpoint, pad_embeds
 from diffcolor_core.progress import Progress
@@ -72,22 +72,37 @@ def fit_in_context(
     lightness: [1, h, w], the scan's. chroma: [2, h, w], the primary's. The checkpoint's own weights are not
     changed. Raises ValueError for a prompt with more noun phrases than there are identifiers.
     """
-    z = checkpoint.encode(lock_luminance(chroma, lightness)[None].to(checkpoint.device) * 2 - 1)
+    stage2 = settings.stage2
+    z = checkpoint.encode(lock_luminance(chroma, lightness)[None].to(checkpoint.device) * 2 - 1)  # [1, C, h/f, w/f]
 
     # 1. c' from c: one identifier for every noun phrase
     rewritten = context_prompt
-    if settings.stage2.use_identifiers:
+    if stage2.use_identifiers:
         used = set(context_prompt.lower().split())
-        rewritten = insert_identifiers(
-            context_prompt, [token for token in rare_tokens(checkpoint.tokenizer, 100) if token not in used]
-        )
+        tokens = [token for token in rare_tokens(checkpoint.tokenizer, 100) if token not in used]
+        rewritten = insert_identifiers(context_prompt, tokens)
 
-    # 2. e_opt, equation (5)
-    e_start = checkpoint.encode_prompts([rewritten])
-    e_opt, embedding_losses = optimise_embedding(checkpoint, z, e_start, settings, generator, progress)
+    # 2. (5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen
+    e_opt = checkpoint.encode_prompts([rewritten]).requires_grad_(True)
+    embedding_losses = minimise(
+        lambda: reconstruction_loss(checkpoint, checkpoint.unet, z, e_opt, settings.batch_size, generator),
+        [e_opt],
+        stage2.embedding_learning_rate,
+        stage2.embedding_steps,
+        partial(progress, "stage 2, embedding"),
+    )
+    e_opt.requires_grad_(False)
 
-    # 3. theta, equation (6)
-    unet, model_losses = finetune_model(checkpoint, z, e_opt, settings, generator, progress)
+    # 3. (6) theta = argmin E ||eps - eps_theta(z_t, t, e_opt)||^2, from the base UNet, not from stage 1's [O]
+    unet = trainable_copy(checkpoint.unet, stage2.adapter_rank, generator)
+    model_losses = minimise(
+        lambda: reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generator),
+        [p for p in unet.parameters() if p.requires_grad],
+        stage2.model_learning_rate,
+        stage2.model_steps,
+        partial(progress, "stage 2, model"),
+    )
+    unet.requires_grad_(False)
     return InContextFit(rewritten, e_opt.cpu(), unet, {"embedding": embedding_losses, "model": model_losses})
 
 
@@ -121,53 +136,6 @@ def insert_identifiers(prompt: str, identifiers: Sequence[str]) -> str:
     return "".join([*pieces, prompt[last:]])
 
 
-def optimise_embedding(
-    checkpoint: Checkpoint,
-    z: Tensor,
-    e_start: Tensor,
-    settings: Settings,
-    generator: torch.Generator,
-    progress: Progress,
-) -> tuple[Tensor, list[float]]:
-    """(5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen.
-
-    z: [1, C, h/f, w/f]. e_start: [1, tokens, width]. Returns e_opt, like e_start, and the loss of each step.
-    """
-    e = e_start.clone().requires_grad_(True)
-    losses = _minimise(
-        lambda: reconstruction_loss(checkpoint, checkpoint.unet, z, e, settings.batch_size, generator),
-        [e],
-        settings.stage2.embedding_learning_rate,
-        settings.stage2.embedding_steps,
-        lambda done, total: progress("stage 2, embedding", done, total),
-    )
-    return e.detach(), losses
-
-
-def finetune_model(
-    checkpoint: Checkpoint,
-    z: Tensor,
-    e_opt: Tensor,
-    settings: Settings,
-    generator: torch.Generator,
-    progress: Progress,
-) -> tuple[UNet2DConditionModel, list[float]]:
-    """(6) theta = argmin E ||eps - eps_theta(z_t, t, e_opt)||^2, with e_opt frozen.
-
-    A copy of the base UNet is trained, not stage 1's [O]: all its weights [P], or low-rank adapters on its
-    attention [O]. Returns it, frozen, and the loss of each step.
-    """
-    unet = trainable_copy(checkpoint.unet, settings.stage2.adapter_rank, generator)
-    losses = _minimise(
-        lambda: reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generator),
-        [p for p in unet.parameters() if p.requires_grad],
-        settings.stage2.model_learning_rate,
-        settings.stage2.model_steps,
-        lambda done, total: progress("stage 2, model", done, total),
-    )
-    return unet.requires_grad_(False), losses
-
-
 def reconstruction_loss(
     checkpoint: Checkpoint,
     unet: UNet2DConditionModel,
@@ -185,14 +153,14 @@ def reconstruction_loss(
     return F.mse_loss(output, training_target(checkpoint.scheduler, z, eps, t))
 
 
-def _minimise(
+def minimise(
     loss_of: Callable[[], Tensor],
     parameters: Iterable[Tensor],
     learning_rate: float,
     num_steps: int,
     progress: Callable[[int, int], None],
 ) -> list[float]:
-    """`num_steps` of Adam; the loss of each."""
+    """Take `num_steps` of Adam on the parameters. Returns the loss before each."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     losses = []
     for step in range(num_steps):
@@ -241,12 +209,10 @@ def recolor(
     """Colour a fitted photograph as each prompt says.
 
     base_chroma: [2, h, w], the colours to start from: the primary's, or those of an earlier recolouring.
-    base_prompt: the prompt that they belong to; it tells which colour words are new. Raises FitError for a fit
-    that ends with stage 1.
+    base_prompt: the prompt that they belong to; it tells which colour words are new.
     """
     fit, settings = fitted.fit, fitted.fit.settings
-    if fit.prompt_embeds is None:
-        raise FitError("this fit was made for the primary only, without stage 2: fit the photograph again in full")
+    assert fit.prompt_embeds is not None  # a fit without stage 2 has no weights for a FittedModel
     all_phrases = [colored_phrases(prompt, base_prompt) for prompt in prompts]
 
     # 4. e(alpha), equation (7): for each prompt the embeds that make its picture, and the part of it that each makes
