@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.alignment import align_chroma
-from diffcolor_core.color import lock_luminance, srgb_to_lab
+from diffcolor_core.color import lab_to_srgb, lightness_of, lock_luminance, srgb_to_lab
 from diffcolor_core.config import AlignmentSettings, SamplingSettings
-from diffcolor_core.fits import chroma_of
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.sampling import generate
 from diffcolor_study.cases import Case, draw_cases
@@ -52,7 +51,7 @@ def main(
     for number, case in enumerate(draw_cases("full-prompt", num, seed, checkpoint.native_size_px)):
         scene = case.scene
         for pixels in (0, 2, 4, 6, 8):
-            moved = torch.roll(scene.rgb, pixels, dims=2) * 2 - 1
+            moved = srgb_to_lab(torch.roll(scene.rgb, pixels, dims=2))
             for name, chroma in aligned(checkpoint, scene, moved, seed).items():
                 difference = (chroma - srgb_to_lab(scene.rgb)[1:])[..., 8:]  # columns 0 to 7 rolled in from the right
                 error = difference.norm(dim=0).mean()
@@ -63,7 +62,7 @@ def main(
         for name, share in wrong.items():
             as_it_comes[name].append(share)
         pictures = [lock_luminance(chromas[name], srgb_to_lab(scene.rgb)[:1]) for name in ("none", "unet")]
-        gains.append((wrong["none"] - wrong["unet"], [scene.gray.expand(3, -1, -1), (x + 1) / 2, *pictures]))
+        gains.append((wrong["none"] - wrong["unet"], [scene.gray.expand(3, -1, -1), lab_to_srgb(x), *pictures]))
     figures = {
         "known_drift_delta_e": {n: {px: float(np.mean(v)) for px, v in row.items()} for n, row in known.items()},
         "wrong_at_borders": {name: float(np.mean(values)) for name, values in as_it_comes.items()},
@@ -78,16 +77,16 @@ def main(
 
 
 def aligned(checkpoint: Checkpoint, scene: Scene, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """The chroma of x [3, h, w] in [-1, 1] brought to the scene's structure, with each of ALIGNMENTS."""
-    gray = scene.gray.expand(3, -1, -1) * 2 - 1
+    """The chroma of x, L*a*b* [3, h, w], brought to the scene's structure, with each of ALIGNMENTS."""
+    lightness = lightness_of(scene.rgb)
     return {
-        name: align_chroma(checkpoint, gray, x, chroma_of(x), settings, torch.Generator().manual_seed(seed))
+        name: align_chroma(checkpoint, lightness, x, settings, torch.Generator().manual_seed(seed))
         for name, settings in ALIGNMENTS.items()
     }
 
 
 def generated(checkpoint: Checkpoint, case: Case, strength: float, seed: int) -> Tensor:
-    """The gray scene coloured under the full prompt without luminance projection: [3, h, w] in [-1, 1]."""
+    """The gray scene coloured under the full prompt without luminance projection: L*a*b* [3, h, w]."""
     z = checkpoint.encode((case.scene.gray.expand(3, -1, -1) * 2 - 1)[None])
     sampling = SamplingSettings(num_steps=16, strength=strength, project_luminance=False)
     embeds = checkpoint.encode_prompts([case.prompt or ""])

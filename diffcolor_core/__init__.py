@@ -1,48 +1,39 @@
 """DiffColor (arXiv 2308.01655): object-level colorization of photographs by text.
 
-Torch and the libraries around it are loaded with the first name that needs them, not with the package: planning,
-queries and `--help` need none.
+Each name below is imported when it is first used, so that planning, queries and `--help` start without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diffcolor_core._version import __version__
+from diffcolor_core._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from diffcolor_core.color_terms import ColorReport
-    from diffcolor_core.colorizer import DiffColor, Result
-    from diffcolor_core.config import PRESETS, Settings, preset
-    from diffcolor_core.decoding import UnreadableImageError
-    from diffcolor_core.fits import Fit, FitError
-    from diffcolor_core.images import DivergedError, Picture, Scan, read_picture, read_scan
+    from diffcolor_core.color_terms import ColorReport as ColorReport
+    from diffcolor_core.colorizer import DiffColor as DiffColor, Result as Result
+    from diffcolor_core.config import PRESETS as PRESETS, Settings as Settings, preset as preset
+    from diffcolor_core.errors import (
+        DivergedError as DivergedError,
+        FitError as FitError,
+        ModelError as ModelError,
+        UnreadableImageError as UnreadableImageError,
+    )
+    from diffcolor_core.fits import Fit as Fit
+    from diffcolor_core.images import (
+        Picture as Picture,
+        Scan as Scan,
+        read_picture as read_picture,
+        read_scan as read_scan,
+    )
 
 _MODULES = {
     "color_terms": ("ColorReport",),
     "colorizer": ("DiffColor", "Result"),
     "config": ("PRESETS", "Settings", "preset"),
-    "decoding": ("UnreadableImageError",),
-    "fits": ("Fit", "FitError"),
-    "images": ("DivergedError", "Picture", "Scan", "read_picture", "read_scan"),
+    "errors": ("DivergedError", "FitError", "ModelError", "UnreadableImageError"),
+    "fits": ("Fit",),
+    "images": ("Picture", "Scan", "read_picture", "read_scan"),
 }
-
-__all__ = [
-    "PRESETS",
-    "ColorReport",
-    "DiffColor",
-    "DivergedError",
-    "Fit",
-    "FitError",
-    "Picture",
-    "Result",
-    "Scan",
-    "Settings",
-    "UnreadableImageError",
-    "__version__",
-    "preset",
-    "read_picture",
-    "read_scan",
-]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""What equation (6) trains: all weights of a copy of the UNet [P], or low-rank adapters on its attention [O].
+"""What fine-tuning trains: all weights of a copy of the UNet [P], or low-rank adapters on its attention [O].
 
-Adapters (LoRA, Hu et al. 2021, by peft) make a fit a few megabytes instead of the whole UNet.
+With adapters (LoRA, Hu et al. 2021, from peft) a fit takes a few megabytes instead of the whole UNet.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def trainable_copy(unet: UNet2DConditionModel, rank: int | None, generator: torch.Generator) -> UNet2DConditionModel:
-    """A copy of `unet` in which all weights, or new adapters of `rank` alone, want gradients."""
+    """A copy of `unet` whose weights are trainable; with a `rank`, only those of new adapters are."""
     fitted = copy.deepcopy(unet)
     if rank is None:
         return fitted.requires_grad_(True)
@@ -23,13 +23,13 @@ def trainable_copy(unet: UNet2DConditionModel, rank: int | None, generator: torc
 
 
 def fitted_state(fitted: UNet2DConditionModel, rank: int | None) -> dict[str, Tensor]:
-    """The weights that the fit changed, on the CPU."""
+    """The weights that fine-tuning may have changed, on the CPU."""
     state = fitted.state_dict() if rank is None else get_peft_model_state_dict(fitted)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def fitted_unet(unet: UNet2DConditionModel, rank: int | None, state: dict[str, Tensor]) -> UNet2DConditionModel:
-    """A frozen copy of `unet` with a fit's weights."""
+    """A frozen copy of `unet` with a fit's weights `state`, as `fitted_state` gives them."""
     fitted = copy.deepcopy(unet)
     if rank is None:
         fitted.load_state_dict(state)

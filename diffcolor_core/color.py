@@ -1,13 +1,13 @@
 """Colour spaces in floating point: sRGB, CIE L*a*b*, the sRGB gamut.
 
-Every function takes torch tensors with the three channels at dimension -3 ([..., 3, H, W]) and
-keeps their dtype. sRGB is in [0, 1]; L* in [0, 100]; a* and b* unbounded, about [-110, 110].
-Sources: IEC 61966-2-1 (sRGB), CIE 15:2018 (L*a*b*), both with the D65 white of the sRGB matrix
-itself, so that a neutral pixel has a* = b* = 0 to rounding.
+Every function takes tensors with the channels at dimension -3 ([..., 3, H, W]) and keeps their dtype.
+Everywhere in the core `lightness` is CIE L* [..., 1, H, W] in 0..100, and `chroma` is a*, b* [..., 2, H, W],
+unbounded, about -110..110. sRGB is in [0, 1] here; the networks' pictures x are the same in [-1, 1].
+Sources: IEC 61966-2-1 (sRGB), CIE 15:2018 (L*a*b*). The white is the sRGB matrix's own D65, so that neutral
+pixels have a* = b* = 0 up to rounding.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,34 +64,36 @@ def lab_to_srgb(lab: Tensor) -> Tensor:
     return linear_to_srgb(lab_to_linear(lab))
 
 
-def lightness(rgb: Tensor) -> Tensor:
-    """CIE L* in [0, 100] of sRGB [..., 3, H, W]: [..., 1, H, W]."""
+def lightness_of(rgb: Tensor) -> Tensor:
+    """The lightness of sRGB [..., 3, H, W]: [..., 1, H, W]."""
     weights = torch.tensor(_SRGB_TO_XYZ[1], dtype=rgb.dtype, device=rgb.device)
     y = torch.einsum("j,...jhw->...hw", weights, srgb_to_linear(rgb)).unsqueeze(-3)
     return 116 * _f(y) - 16
 
 
-def lightness_to_gray(lightness_star: Tensor) -> Tensor:
-    """L* [..., 1, H, W] to the sRGB gray value with that L*, in [0, 1]."""
-    return linear_to_srgb(_f_inverse((lightness_star + 16) / 116))
+def lightness_to_gray(lightness: Tensor) -> Tensor:
+    """The sRGB gray value in [0, 1] that has this lightness: [..., 1, H, W]."""
+    return linear_to_srgb(_f_inverse((lightness + 16) / 116))
+
+
+def x_to_lab(x: Tensor) -> Tensor:
+    """L*a*b* of a network's picture [..., 3, H, W] in [-1, 1]. What lies outside is clipped first."""
+    return srgb_to_lab((x.clamp(-1, 1) + 1) / 2)
 
 
 def fit_gamut(lab: Tensor, *, iterations: int = 14) -> Tensor:
-    """Bring every colour inside sRGB by losing chroma at constant L* and hue.
+    """Bring every colour inside sRGB by reducing its chroma. Lightness and hue stay as they are.
 
-    L* itself is never changed (`method.md`, luminance lock). The largest chroma that fits is found
-    by bisection: 14 halvings leave an error under 0.01 chroma units.
+    Bisection finds the largest chroma that fits: 14 halvings leave an error under 0.01 chroma units.
     """
     slack = 1e-6
-    neutral = lab[..., :1, :, :]
-    chroma = lab[..., 1:, :, :]
+    lightness, chroma = lab[..., :1, :, :], lab[..., 1:, :, :]
 
     def fits(scale: Tensor) -> Tensor:
-        linear = lab_to_linear(torch.cat((neutral, chroma * scale), dim=-3))
+        linear = lab_to_linear(torch.cat((lightness, chroma * scale), dim=-3))
         return ((linear >= -slack) & (linear <= 1 + slack)).all(dim=-3, keepdim=True)
 
-    low = torch.zeros_like(neutral)
-    high = torch.ones_like(neutral)
+    low, high = torch.zeros_like(lightness), torch.ones_like(lightness)
     inside = fits(high)
     if bool(inside.all()):
         return lab
@@ -99,17 +101,19 @@ def fit_gamut(lab: Tensor, *, iterations: int = 14) -> Tensor:
         middle = (low + high) / 2
         fit = fits(middle)
         low, high = torch.where(fit, middle, low), torch.where(fit, high, middle)
-    return torch.cat((neutral, chroma * torch.where(inside, 1.0, low)), dim=-3)
+    return torch.cat((lightness, chroma * torch.where(inside, 1.0, low)), dim=-3)
 
 
-def lock_luminance(chroma: Tensor, lightness_star: Tensor) -> Tensor:
-    """Join a*, b* [..., 2, H, W] to the scan's own L* [..., 1, H, W] and return sRGB in [0, 1]."""
-    return lab_to_srgb(fit_gamut(torch.cat((lightness_star, chroma), dim=-3))).clamp(0, 1)
+def lock_luminance(chroma: Tensor, lightness: Tensor) -> Tensor:
+    """The luminance lock [O]: sRGB [..., 3, H, W] in [0, 1] with exactly this lightness.
+
+    Its chroma is `chroma` wherever sRGB can show that, and the nearest that it can show elsewhere (`fit_gamut`).
+    """
+    return lab_to_srgb(fit_gamut(torch.cat((lightness, chroma), dim=-3))).clamp(0, 1)
 
 
-@lru_cache(maxsize=1024)  # the same region is asked about several times on the way to a result
-def max_chroma(lightness_star: float, hue_degrees: float) -> float:
-    """The largest chroma C*ab that sRGB can show at one L* and hue (degrees)."""
+def max_chroma(lightness: float, hue_degrees: float) -> float:
+    """The largest chroma C*ab that sRGB can show at one lightness and hue (degrees)."""
     hue = math.radians(hue_degrees)
-    far = torch.tensor([lightness_star, 200 * math.cos(hue), 200 * math.sin(hue)], dtype=torch.float64)
+    far = torch.tensor([lightness, 200 * math.cos(hue), 200 * math.sin(hue)], dtype=torch.float64)
     return float(fit_gamut(far.view(3, 1, 1), iterations=24)[1:].norm())

@@ -1,9 +1,15 @@
-"""DiffColor (arXiv 2308.01655), top to bottom: fit a model to one photograph, then colour it by text."""
+"""DiffColor (arXiv 2308.01655), top to bottom: fit a model to one photograph, then colour it by text.
+
+`docs/method.md` explains the method. Between the steps travel the chroma (a*, b*) [2, h, w] of a picture and the
+scan's lightness (L*) [1, h, w], both at working size. Pictures in sRGB are made only where the VAE needs one, and
+at the end.
+"""
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -11,59 +17,87 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.adapters import fitted_state, fitted_unet
-from diffcolor_core.alignment import align_chroma
-from diffcolor_core.color import lock_luminance, srgb_to_lab
-from diffcolor_core.color_terms import ColorReport, colored_phrases
+from diffcolor_core.color import srgb_to_lab
+from diffcolor_core.color_terms import ColorReport
 from diffcolor_core.config import Settings, preset
-from diffcolor_core.fits import Fit, FitError, chroma_of, load_fit, scan_sha256
-from diffcolor_core.images import Picture, Scan, check_finite, gray_input, read_scan, resize
-from diffcolor_core.in_context import finetune_model, optimise_embedding
+from diffcolor_core.errors import DivergedError, FitError
+from diffcolor_core.fits import Fit, load_fit, scan_sha256
+from diffcolor_core.images import Picture, Scan, read_scan, resize
 from diffcolor_core.metrics import abs_delta_l, colorfulness
 from diffcolor_core.models import Checkpoint, load_checkpoint
-from diffcolor_core.painter import Choice, FittedModel, Painter
-from diffcolor_core.prior import Progress, colorize_with_prior
-from diffcolor_core.prompts import insert_identifiers, rare_tokens
+from diffcolor_core.progress import Progress, silent
+from diffcolor_core.stage1 import colorize_with_prior
+from diffcolor_core.stage2 import FittedModel, fit_in_context, recolor
 
 
 @dataclass(frozen=True)
 class Result:
-    """A colorized picture at the scan's size and bit depth.
+    """A colorized photograph. Its pictures and metrics are computed when they are first read.
 
-    metrics: colorfulness, clip_similarity (guidance CLIP, with the prompt asked for),
-    mean_abs_delta_l, p99_abs_delta_l. alpha_scores: of each alpha that was tried. nouns: what became
-    of each noun's colour word. generated: the picture at working size before alignment and luminance
-    lock, working: after them, both [3, h, w] in [-1, 1]; of a primary that was not made here there is no former.
+    prompt: the target prompt, or the context prompt if there is none, and then the result is the primary. alpha:
+    that of equation (7); None for the primary. chroma: [2, h, w] at working size. generated: what the model made,
+    before alignment and luminance lock, L*a*b* [3, h, w]; None for a primary that was not made here. nouns: whether
+    each noun got the colour that the prompt gives it. sampling_seconds: of the sampling and the alignment; the
+    prompts of one call share its time equally.
     """
 
-    image: Picture
-    primary: Picture
-    prompt: str
+    fit: Fit
+    checkpoint: Checkpoint = field(repr=False)
     target_prompt: str | None
     alpha: float | None
-    metrics: dict[str, float]
-    sampling_seconds: float
-    working: Tensor
+    chroma: Tensor
     generated: Tensor | None
-    alpha_scores: dict[float, float] = field(default_factory=dict)
-    nouns: tuple[ColorReport, ...] = ()
+    nouns: tuple[ColorReport, ...]
+    sampling_seconds: float
 
+    @property
+    def prompt(self) -> str:
+        """The prompt that the colours belong to."""
+        return self.fit.context_prompt if self.target_prompt is None else self.target_prompt
 
-def _silent(stage: str, done: int, total: int) -> None: ...
+    @cached_property
+    def image(self) -> Picture:
+        """The picture at the scan's size and bit depth. Raises FitError for a fit that was loaded without its scan."""
+        return self.primary if self.target_prompt is None else self.fit.assemble(self.chroma)
+
+    @property
+    def primary(self) -> Picture:
+        """The primary at the scan's size and bit depth: the picture before any target prompt."""
+        return self.fit.primary_picture
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """colorfulness, clip_similarity (of the guidance CLIP, with `prompt`), mean_abs_delta_l, p99_abs_delta_l."""
+        image, scan, checkpoint = self.image, self.fit.scan, self.checkpoint
+        assert scan is not None  # `image` was assembled from it
+        # CLIP sees at most 8 squares along the picture: the shorter side gets CLIP's size, the longer at most 64 times
+        # that, so that the preview of an extreme strip stays small.
+        side = int(checkpoint.clip.config.vision_config.image_size)
+        scale = side / min(scan.height_px, scan.width_px)
+        size = [min(max(side, round(px * scale)), 64 * side) for px in (scan.width_px, scan.height_px)]
+        small = torch.from_numpy(np.array(image.to_pil().convert("RGB").resize(size))).permute(2, 0, 1)  # [3, h, w]
+        features = checkpoint.clip_image_features((small.float() / 127.5 - 1)[None].to(checkpoint.device))
+        mean_delta, p99_delta = abs_delta_l(scan, image)
+        return {
+            "colorfulness": colorfulness(image),
+            "clip_similarity": float(features @ checkpoint.clip_text_features([self.prompt]).T),
+            "mean_abs_delta_l": mean_delta,
+            "p99_abs_delta_l": p99_delta,
+        }
 
 
 class DiffColor:
-    """The two-stage method on one checkpoint. The checkpoint's own weights are never changed.
+    """The two-stage method on one checkpoint, whose own weights are never changed.
 
-    The same picture, prompts, settings, seed and machine give the same bytes: every random draw
-    comes from one CPU generator per call, seeded with the call's seed.
+    The same picture, prompts, settings, seed and machine give the same bytes: every random draw comes from a
+    CPU generator that the call's seed seeds.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings | None = None) -> None:
+        """Settings are by default preset `demo` for the demo model, else `paper`."""
         self.checkpoint = checkpoint
-        self.settings = (
-            settings if settings is not None else preset("demo" if checkpoint.model_id == "demo" else "paper")
-        )
-        self._last_fitted: FittedModel | None = None  # many prompts, one loading of theta
+        self.settings = settings or preset("demo" if checkpoint.model_id == "demo" else "paper")
+        self._last_fitted: FittedModel | None = None  # so that many prompts load theta once
 
     @classmethod
     def from_pretrained(
@@ -74,17 +108,19 @@ class DiffColor:
         settings: Settings | str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
     ) -> "DiffColor":
-        """Load "demo", a diffusers folder, or a hub id at a pinned revision ("owner/name@commit").
+        """Load "demo", a diffusers folder, or a hub model at a pinned commit ("owner/name@commit").
 
-        clip: the guidance CLIP, by default the folder's own `clip` or OpenAI's ViT-B/32. settings: a
-        preset's name or a Settings record; by default `demo` for the demo model, else `paper`.
-        dtype: what the networks compute in; weights stay float32. Raises ModelError.
+        clip: the guidance CLIP, by default the folder's own `clip` or OpenAI's ViT-B/32. settings: a record or a
+        preset's name; by default `demo` for the demo model, else `paper`. dtype: what the networks compute in;
+        weights stay float32. revision: what `models.identify(model)` gave before, so that a folder is not hashed
+        again. Raises ModelError (see `models.load_checkpoint`), and ValueError for an unknown preset.
         """
         chosen = preset(settings) if isinstance(settings, str) else settings
-        return cls(load_checkpoint(model, clip=clip, device=device, dtype=dtype), chosen)
+        return cls(load_checkpoint(model, clip=clip, device=device, dtype=dtype, revision=revision), chosen)
 
-    # ---------------------------------------------------------------- fit
+    # ------------------------------------------------------------------ fit
 
     def fit(
         self,
@@ -93,109 +129,84 @@ class DiffColor:
         *,
         seed: int = 0,
         primary: Picture | None = None,
-        progress: Progress = _silent,
+        primary_only: bool = False,
+        progress: Progress = silent,
     ) -> Fit:
-        """Stage 1, and stage 2 up to the fitted model.
+        """Fit the model to one photograph: stage 1, and stage 2 up to the fitted model.
 
-        context_prompt says what is in the picture, without or with colours. primary: the picture
-        coloured already (same size); it takes the place of stage 1's, to be edited by `recolor`.
-        Raises UnreadableImageError for a file that is no picture, ValueError for an empty prompt,
-        DivergedError if no finite fit is found.
+        context_prompt: what is in the picture, with or without colours. primary: the picture in colours that it
+        has already, of the scan's size; it takes the place of stage 1's. primary_only: leave out stage 2; such a
+        fit gives the primary, the same as with stage 2, but takes no target prompt and cannot be saved. Raises
+        UnreadableImageError if the file is not a picture, ValueError for an empty prompt or a primary of another
+        size, DivergedError if the optimisation leaves the finite numbers.
         """
         if not context_prompt.strip():
             raise ValueError("the context prompt is empty: say what is in the picture")
         scan = image if isinstance(image, Scan) else read_scan(image)
-        settings, checkpoint = self.settings, self.checkpoint
         generator = torch.Generator().manual_seed(seed)
 
-        # Stage 1: colours from the generative prior, brought to the scan's own structure
+        # Stage 1: colours from the generative prior, aligned with the scan
         start = time.perf_counter()
-        small_lightness, content_px = self._at_working_size(scan)
-        x_gray = gray_input(small_lightness)
+        lightness, content_px = self._at_working_size(scan)
         losses: dict[str, list[float]] = {}
         generated = None
         if primary is not None:
-            x_primary = _working_primary(scan, primary, small_lightness, content_px)
-        elif not settings.stage1.enabled:
-            x_primary = x_gray
+            chroma = _chroma_at_working_size(primary, scan, lightness.shape[-2:], content_px)
+        elif not self.settings.stage1.enabled:
+            chroma = torch.zeros(2, *lightness.shape[-2:])
         else:
-            prior = colorize_with_prior(
-                checkpoint,
-                x_gray,
-                small_lightness,
-                context_prompt,
-                settings.stage1,
-                settings.sampling,
-                batch_size=settings.batch_size,
-                generator=generator,
-                progress=progress,
-            )
-            generated = prior.x_pri
-            x_primary = self._align(x_gray, small_lightness, generated, generator)  # x^_pri
-            losses |= prior.losses
+            prior = colorize_with_prior(self.checkpoint, lightness, context_prompt, self.settings, generator, progress)
+            chroma, generated, losses = prior.chroma, prior.generated, prior.losses
+        _check_finite(chroma)
 
-        # Stage 2: 1. c -> c'; 2. e_opt; 3. theta
+        # Stage 2, steps 1 to 3: the embedding and the model that reproduce these colours
         middle = time.perf_counter()
-        used = set(context_prompt.lower().split())
-        identifiers = [token for token in rare_tokens(checkpoint.tokenizer, 100) if token not in used]
-        rewritten = (
-            insert_identifiers(context_prompt, identifiers) if settings.stage2.use_identifiers else context_prompt
-        )
-        z = checkpoint.encode(x_primary[None].to(checkpoint.device))
-        common: dict[str, Any] = {"batch_size": settings.batch_size, "generator": generator, "progress": progress}
-        e_opt, embedding_losses = optimise_embedding(
-            checkpoint,
-            z,
-            checkpoint.encode_prompts([rewritten]),
-            num_steps=settings.stage2.embedding_steps,
-            learning_rate=settings.stage2.embedding_learning_rate,
-            **common,
-        )
-        unet, model_losses = finetune_model(
-            checkpoint,
-            z,
-            e_opt,
-            num_steps=settings.stage2.model_steps,
-            learning_rate=settings.stage2.model_learning_rate,
-            adapter_rank=settings.stage2.adapter_rank,
-            **common,
-        )
-        unet_state = fitted_state(unet, settings.stage2.adapter_rank)
-        check_finite(x_primary, e_opt, *unet_state.values())
-        end = time.perf_counter()
+        rewritten_prompt = prompt_embeds = unet_state = unet = None
+        if not primary_only:
+            in_context = fit_in_context(
+                self.checkpoint, lightness, chroma, context_prompt, self.settings, generator, progress
+            )
+            rewritten_prompt, prompt_embeds, unet = (
+                in_context.rewritten_prompt,
+                in_context.prompt_embeds,
+                in_context.unet,
+            )
+            unet_state = fitted_state(unet, self.settings.stage2.adapter_rank)
+            losses |= in_context.losses
+            _check_finite(prompt_embeds, *unet_state.values())
         fit = Fit(
             scan=scan,
             scan_sha256=scan_sha256(scan),
-            lightness=small_lightness,
+            lightness=lightness,
             content_px=content_px,
-            primary=x_primary,
-            prompt_embeds=e_opt.cpu(),
+            primary=chroma,
+            rewritten_prompt=rewritten_prompt,
+            prompt_embeds=prompt_embeds,
             unet_state=unet_state,
             context_prompt=context_prompt,
-            rewritten_prompt=rewritten,
-            settings=settings,
+            settings=self.settings,
             seed=seed,
-            model_id=checkpoint.model_id,
-            model_revision=checkpoint.model_revision,
-            losses={**losses, "embedding": embedding_losses, "model": model_losses},
+            model_id=self.checkpoint.model_id,
+            model_revision=self.checkpoint.model_revision,
+            losses=losses,
             stage1_seconds=middle - start,
-            stage2_seconds=end - middle,
+            stage2_seconds=time.perf_counter() - middle,
             generated=generated,
         )
-        self._last_fitted = FittedModel(fit, unet.requires_grad_(False))
+        self._last_fitted = None if unet is None else FittedModel(fit, unet)
         return fit
 
     def load_fit(self, url: str, image: Scan | bytes | str | Path | None = None) -> Fit:
         """Read a fit that `Fit.save` wrote. image: the scan, needed if the fit was saved without it.
 
-        Raises FitError for a fit that is not there, damaged, or of another model or picture.
+        Raises FitError if the fit is missing, damaged, or of another format, model or picture.
         """
         scan = image if image is None or isinstance(image, Scan) else read_scan(image)
         fit = load_fit(url, scan)
         self._check_model(fit)
         return fit
 
-    # ---------------------------------------------------------------- recolor
+    # ------------------------------------------------------------------ recolor
 
     @overload
     def recolor(
@@ -215,38 +226,38 @@ class DiffColor:
         alpha: float | None = None,
         base: Result | None = None,
     ) -> Result | list[Result]:
-        """Colour a fitted picture as `target_prompt` says: stage 2, steps 4 and 5, without any fine-tuning.
+        """Colour a fitted photograph as `target_prompt` says: stage 2, steps 4 and 5, without any fine-tuning.
 
-        Several prompts are generated in one batch and give a list. Without a target prompt the result
-        is the primary: what stage 1 made of the context prompt. alpha: of equation (7), by default
-        the best of the settings'. base: an earlier result of this fit to start from instead of the
-        primary. Raises FitError for another model's fit.
+        A list of prompts is generated in batches and gives a list. Without a target prompt the result is the
+        primary. alpha: that of equation (7), by default the settings'. base: an earlier result of this fit to
+        start from instead of the primary. Raises FitError for another model's fit and for a target prompt on a
+        fit that was made for the primary only, DivergedError if the sampling leaves the finite numbers.
         """
-        self._check_model(fit)
         start = time.perf_counter()
         if target_prompt is None:
-            return self._result(fit, fit.primary_picture, None, start, fit.primary, fit.generated)
+            return Result(fit, self.checkpoint, None, None, fit.primary, fit.generated, (), 0.0)
         prompts = [target_prompt] if isinstance(target_prompt, str) else target_prompt
-        before, before_prompt = (fit.primary, fit.context_prompt) if base is None else (base.working, base.prompt)
+        alpha = fit.settings.stage2.alpha if alpha is None else alpha
+        base_chroma, base_prompt = (fit.primary, fit.context_prompt) if base is None else (base.chroma, base.prompt)
+        recolorings = recolor(self.checkpoint, self._fitted(fit), prompts, alpha, base_chroma, base_prompt)
+        _check_finite(*(recoloring.chroma for recoloring in recolorings))
+        seconds = (time.perf_counter() - start) / max(1, len(prompts))
+        results = [
+            Result(fit, self.checkpoint, prompt, alpha, made.chroma, made.generated, made.nouns, seconds)
+            for prompt, made in zip(prompts, recolorings, strict=True)
+        ]
+        return results[0] if isinstance(target_prompt, str) else results
+
+    def _fitted(self, fit: Fit) -> FittedModel:
+        """The fit with its weights in a UNet; the last one is kept. Raises FitError if that cannot be."""
         if self._last_fitted is None or self._last_fitted.fit is not fit:
-            self._last_fitted = None  # before the next copy is made
+            self._check_model(fit)
+            if fit.unet_state is None:
+                raise FitError("this fit was made for the primary only (primary_only): fit again for target prompts")
+            self._last_fitted = None  # frees its memory before the next copy is made
             unet = fitted_unet(self.checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
             self._last_fitted = FittedModel(fit, unet)
-        painter = Painter(self.checkpoint, self._last_fitted, before)
-        results = []
-        phrases = [colored_phrases(prompt, before_prompt) for prompt in prompts]
-        choices = painter.choose(prompts, phrases, fit.settings.stage2.alphas if alpha is None else (alpha,))
-        shared_seconds = (time.perf_counter() - start) / max(1, len(prompts))
-        for prompt, items, choice in zip(prompts, phrases, choices, strict=True):
-            start = time.perf_counter() - shared_seconds
-            aligned = self._align(
-                gray_input(fit.lightness), fit.lightness, choice.generated, torch.Generator().manual_seed(fit.seed)
-            )
-            final = painter.keep_unchanged(aligned, prompt, items)
-            nouns = painter.reports(final, prompt, items)
-            picture = fit.assemble(final)
-            results.append(self._result(fit, picture, prompt, start, final, choice.generated, choice, nouns))
-        return results[0] if isinstance(target_prompt, str) else results
+        return self._last_fitted
 
     def _check_model(self, fit: Fit) -> None:
         checkpoint = self.checkpoint
@@ -256,89 +267,37 @@ class DiffColor:
                 f"{checkpoint.model_id} ({checkpoint.model_revision}): fit the picture again"
             )
 
-    # ---------------------------------------------------------------- between the two sizes
+    # ------------------------------------------------------------------ between the two sizes
 
     def _at_working_size(self, scan: Scan) -> tuple[Tensor, tuple[int, int]]:
-        """The scan's L* at the model's size [1, h, w], aspect kept, and how much of it is picture.
+        """The scan's lightness at working size [1, h, w], and (height, width) of the part that is picture.
 
-        The area is that of the model's native square. The right and bottom are padded with their
-        edge to the multiple that the UNet needs: nothing is squashed.
+        The picture keeps its aspect and gets the area of the model's native square. Its right and bottom edges are
+        repeated up to the multiple that the networks need, so that nothing is squashed.
         """
         side = self.settings.working_size_px or self.checkpoint.native_size_px
         multiple = self.checkpoint.size_multiple_px
         scale = side / (scan.height_px * scan.width_px) ** 0.5
-        scale = min(scale, 4 * side / max(scan.height_px, scan.width_px))  # of extreme strips, the long side counts
+        scale = min(scale, 4 * side / max(scan.height_px, scan.width_px))  # limits the long side of extreme strips
         height, width = (max(1, round(length * scale)) for length in (scan.height_px, scan.width_px))
         small = resize(scan.lightness, (height, width))
         padding = (0, -width % multiple, 0, -height % multiple)
         return F.pad(small[None], padding, mode="replicate")[0], (height, width)
 
-    def _align(self, x_gray: Tensor, small_lightness: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Generated picture [3, h, w] to one with the scan's structure and L*, in [-1, 1]."""
-        chroma = align_chroma(self.checkpoint, x_gray, x, chroma_of(x), self.settings.alignment, generator)
-        return lock_luminance(chroma, small_lightness) * 2 - 1
 
-    def _result(
-        self,
-        fit: Fit,
-        image: Picture,
-        target_prompt: str | None,
-        start: float,
-        working: Tensor,
-        generated: Tensor | None,
-        choice: Choice | None = None,
-        nouns: tuple[ColorReport, ...] = (),
-    ) -> Result:
-        assert fit.scan is not None  # `image` was assembled from it
-        prompt = fit.context_prompt if target_prompt is None else target_prompt
-        sampling_seconds = time.perf_counter() - start
-        small = torch.from_numpy(np.array(image.to_pil().convert("RGB").resize(self._clip_size(fit.scan)))).permute(
-            2, 0, 1
-        )
-        x = (small.float() / 127.5 - 1)[None].to(self.checkpoint.device)
-        similarity = self.checkpoint.clip_image_features(x) @ self.checkpoint.clip_text_features([prompt]).T
-        mean_delta, p99_delta = abs_delta_l(fit.scan, image)
-        metrics = {
-            "colorfulness": colorfulness(image),
-            "clip_similarity": float(similarity),
-            "mean_abs_delta_l": mean_delta,
-            "p99_abs_delta_l": p99_delta,
-        }
-        return Result(
-            image=image,
-            primary=fit.primary_picture,
-            prompt=prompt,
-            target_prompt=target_prompt,
-            alpha=None if choice is None else choice.alpha,
-            metrics=metrics,
-            sampling_seconds=sampling_seconds,
-            working=working,
-            generated=generated,
-            alpha_scores={} if choice is None else choice.scores,
-            nouns=nouns,
-        )
-
-    def _clip_size(self, scan: Scan) -> tuple[int, int]:
-        """(width, height) with CLIP's image size as the shorter side, and at most 64 times that as the longer.
-
-        CLIP sees 8 squares of a long picture: what is squeezed here is a line of pixels, not a scene.
-        """
-        side = int(self.checkpoint.clip.config.vision_config.image_size)
-        scale = side / min(scan.height_px, scan.width_px)
-        width, height = (min(max(side, round(px * scale)), 64 * side) for px in (scan.width_px, scan.height_px))
-        return width, height
-
-
-def _working_primary(scan: Scan, primary: Picture, small_lightness: Tensor, content_px: tuple[int, int]) -> Tensor:
-    """A finished picture's colours at working size, [3, h, w] in [-1, 1]."""
-    if primary.pixels.shape[:2] != (scan.height_px, scan.width_px):
+def _chroma_at_working_size(picture: Picture, scan: Scan, size: tuple[int, ...], content_px: tuple[int, int]) -> Tensor:
+    """The chroma [2, *size] of a finished picture, padded like the scan's lightness."""
+    if picture.pixels.shape[:2] != (scan.height_px, scan.width_px):
         raise ValueError(
-            f"the coloured picture is {primary.pixels.shape[1]} x {primary.pixels.shape[0]} px, "
+            f"the coloured picture is {picture.pixels.shape[1]} x {picture.pixels.shape[0]} px, "
             f"the scan {scan.width_px} x {scan.height_px}: they must be of one size"
         )
-    maximum = float(np.iinfo(primary.pixels.dtype).max)
-    rgb = torch.from_numpy(primary.pixels[..., :3].astype(np.float32) / maximum).permute(2, 0, 1)
-    (height, width), (inner_height, inner_width) = small_lightness.shape[-2:], content_px
-    padding = (0, width - inner_width, 0, height - inner_height)
-    padded = F.pad(resize(rgb, content_px)[None], padding, mode="replicate")[0]
-    return lock_luminance(srgb_to_lab(padded)[1:], small_lightness) * 2 - 1
+    maximum = float(np.iinfo(picture.pixels.dtype).max)
+    rgb = torch.from_numpy(picture.pixels[..., :3].astype(np.float32) / maximum).permute(2, 0, 1)
+    padding = (0, size[1] - content_px[1], 0, size[0] - content_px[0])
+    return srgb_to_lab(F.pad(resize(rgb, content_px)[None], padding, mode="replicate")[0])[1:]
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise DivergedError("the optimisation has diverged to values that are not finite: lower the learning rates")

@@ -1,7 +1,7 @@
 """Settings of the method: frozen records with every unit, default and reason, and the named presets.
 
-Step counts and rates marked [P] are the paper's, [A] the author's prototype's, [O] ours
-(`../shared/method.md` keeps the marks' meaning).
+[P] marks a value from the paper, [A] one from its author's prototype, [O] one of ours: `docs/method.md`
+has the equations, the reasons and what each departure from the paper measured.
 """
 
 import difflib
@@ -18,14 +18,14 @@ class _Record(BaseModel):
 
 
 class Stage1Settings(_Record):
-    """Colorization with generative colour prior: equations (1) to (3)."""
+    """Colorization with a generative colour prior: equations (1) to (3)."""
 
     enabled: bool = True
-    """Off, stage 2 works on the gray picture itself: Imagic alone, for the ablation."""
+    """False leaves the primary gray, so that stage 2 works on the scan itself. For ablations."""
     num_steps: int = Field(1500, ge=0)
     """Optimisation steps N1 [P]."""
     learning_rate: float = Field(1.5e-6, gt=0)
-    """Adam on all UNet weights, at SD-1.5 scale [A]; a smaller model wants a larger rate."""
+    """Adam's rate for all UNet weights at SD-1.5 scale [A]. A smaller model needs a larger rate."""
     adapter_rank: int | None = Field(None, ge=1)
     """Train low-rank adapters of this rank on the UNet's attention [O] instead of all weights [P]."""
     contrastive_weight: float = Field(0.5, ge=0)
@@ -33,21 +33,21 @@ class Stage1Settings(_Record):
     diffusion_weight: float = Field(1.0, ge=0)
     """w_diff of equation (3) [A]."""
     diffusion_target: Literal["noise", "prior"] = "noise"
-    """What equation (2) pulls the prediction to: the drawn noise [P], or the frozen model's own
-    prediction [O], which does not teach the model that the context prompt means gray."""
+    """What equation (2) pulls the prediction towards: the drawn noise [P], or the frozen model's own
+    prediction [O]. The noise belongs to a gray picture, so it teaches the model that the prompt means gray."""
     temperature: float = Field(0.01, gt=0)
     """tau of equation (1): CLIP's own logit scale [A]."""
     max_timestep: float = Field(1.0, gt=0, le=1)
-    """Largest t drawn, as a fraction of the schedule; 1 is the whole schedule [P]. The one-step
-    clean estimate that CLIP judges is a blur where the noise is strong."""
+    """Largest t drawn, as a fraction of the schedule; 1 is the whole schedule [P]. CLIP judges a one-step
+    clean estimate, and that is a blur where the noise is strong [O]."""
     num_views: int = Field(0, ge=0)
-    """Random crops, flips and noisy copies that CLIP judges besides the whole picture [O], against
-    colours that only CLIP likes; 0 is the paper's."""
+    """Random crops, flips and noisy copies that CLIP judges besides the whole picture [O]. They should keep
+    out colours that only CLIP likes. 0 is the paper's."""
     stop_below: float = Field(0.0, ge=0)
-    """End when the running mean of the contrastive loss falls below this (nats) [O]; 0 never ends early."""
+    """Stop once the mean contrastive loss of five steps is below this (nats) [O]. 0 never stops early."""
     strength: float | None = Field(None, gt=0, le=1)
-    """Starting noise level of the primary; None is that of `sampling` [P]. From stronger noise less of
-    the gray survives, and the colours are more vivid [O]."""
+    """Starting noise level of the primary. None takes that of `sampling` [P]. Stronger noise keeps less of
+    the gray and gives more vivid colours [O]."""
     anti_color_prompts: tuple[str, ...] = (
         "A grayscale photograph",
         "A picture with scratches",
@@ -57,77 +57,67 @@ class Stage1Settings(_Record):
 
 
 class SamplingSettings(_Record):
-    """K-step DDIM from the noised latent (eta 0)."""
+    """Deterministic DDIM (eta 0) from the noised latent."""
 
     num_steps: int = Field(50, ge=1)
-    """K, the DDIM steps of a full schedule; `strength` of them are run."""
+    """K, the DDIM steps over the full schedule. The part that `strength` gives is run."""
     strength: float = Field(0.8, gt=0, le=1)
     """Starting noise level, as a fraction of the schedule."""
     guidance_scale: float = Field(3.0, ge=1)
-    """Classifier-free guidance [A]; 1 is none."""
-    negative_prompt: str = ""
-    """The unconditional branch's prompt; the author's is empty [A]."""
+    """Classifier-free guidance [A]. 1 means none."""
     project_luminance: bool = True
-    """Replace the luminance of the clean estimate by the scan's at every step [O]: the colours
-    then keep to the scan's own edges. Off for the ablation."""
+    """Give each step's clean estimate the scan's luminance [O], so that colours keep to the scan's edges."""
 
 
 class AlignmentSettings(_Record):
     """Spatial alignment, equation (4)."""
 
     enabled: bool = True
-    features: Literal["unet", "vae"] = "unet"
-    """phi: activations of the frozen UNet (DIFT), or of the VAE's encoder."""
+    """False keeps the generated colours where they are."""
     timestep: int = Field(261, ge=0, le=999)
-    """Noise level at which the frozen UNet's features are read (DIFT) [O]."""
+    """Noise level at which the frozen UNet's features are read, DIFT's choice [O]."""
     up_block: int = Field(1, ge=0)
-    """Which up block's activations are the features; DIFT's is the second [O]."""
+    """Up block whose activations are the features, counted from 0. DIFT takes the second [O]."""
     temperature: float = Field(0.01, gt=0)
     """tau_a of equation (4) [A]."""
     radius: int = Field(1, ge=0)
-    """Half side of the search window, in feature cells [O]: the pictures are nearly registered."""
+    """Half the side of the search window, in feature cells [O]. It is small as the pictures nearly match."""
     min_similarity: float = Field(0.6, ge=-1, le=1)
-    """Cosine similarity below which a cell keeps the colour of its own position [O]."""
+    """A cell keeps its own colour if its best cosine similarity is below this [O]."""
 
 
 class Stage2Settings(_Record):
     """In-context controllable colorization: equations (5) to (7)."""
 
     embedding_steps: int = Field(500, ge=0)
-    """N2, steps of equation (5), the UNet frozen [P]."""
+    """N2, steps of equation (5), with the UNet frozen [P]."""
     embedding_learning_rate: float = Field(1e-3, gt=0)
-    """Adam on e_opt [A]."""
+    """Adam's rate for e_opt [A]."""
     model_steps: int = Field(1000, ge=0)
-    """N3, steps of equation (6), the embedding frozen [P]."""
+    """N3, steps of equation (6), with the embedding frozen [P]."""
     model_learning_rate: float = Field(1e-6, gt=0)
-    """Adam on all UNet weights, at SD-1.5 scale [A]."""
+    """Adam's rate for all UNet weights at SD-1.5 scale [A]."""
     use_identifiers: bool = True
     """Put a rare token before each noun phrase of the context prompt [P]."""
     adapter_rank: int | None = Field(None, ge=1)
-    """Train low-rank adapters (LoRA) of this rank on the UNet's attention [O] instead of all weights [P]."""
-    alphas: tuple[float, ...] = Field((1.2,), min_length=1)
-    """Interpolation of equation (7): 0 is e_opt, 1 the target's embedding, beyond 1 exaggerates [A: 1.2
-    to 1.4]. Of several, the one whose picture obeys the prompt best is kept [O]."""
-    word_weights: tuple[float, ...] = ()
-    """Where the best alpha's picture ignores a colour word, that word's embedding is exaggerated by each
-    of these factors, and the best picture kept [O]."""
+    """Train low-rank adapters of this rank on the UNet's attention [O] instead of all weights [P]."""
+    alpha: float = 1.2
+    """Interpolation of equation (7): 0 is e_opt, 1 the target's embedding, more exaggerates it [A: 1.2 to 1.4]."""
     negative_context: bool = False
-    """The unconditional branch of guidance gets the context prompt without its colour words [O] instead of
-    `negative_prompt`: guidance then pushes to what the target says beyond it, its colours. (With its colour
-    words it would push away from the old colours, and past the new ones: gray for yellow came out blue.)"""
+    """Guide away from the context prompt without its colour words [O] instead of the empty prompt [A], so that
+    guidance pushes towards the target's colours. The old colour words must not be in it: see docs/method.md."""
     regional_prompts: bool = False
-    """Each noun's region is generated under the target prompt with that noun's colour word alone [O]: no
-    word can colour another noun. Regions as cross-attention shows them."""
+    """Generate each noun's region under the target prompt with that noun's colour word alone [O], so that no
+    word can colour another noun. Cross-attention shows the regions."""
     keep_unchanged: bool = False
-    """A noun whose colour word the target leaves as it was keeps its colour [O]: the picture changes only
-    in the regions of the other nouns, as cross-attention shows them."""
+    """Change the picture only in the regions of nouns whose colour word the target changes [O]."""
 
 
 class Settings(_Record):
-    """All that shapes a result besides the picture, the prompts, the seed and the model."""
+    """Everything that shapes a result besides the picture, the prompts, the seed and the model."""
 
     working_size_px: int | None = Field(None, gt=0)
-    """Side of the square whose area the picture is scaled to for the model; None is the model's native side."""
+    """The picture is scaled to the area of a square with this side. None takes the model's native side."""
     batch_size: int = Field(1, ge=1)
     """Noise draws per optimisation step."""
     stage1: Stage1Settings = Stage1Settings()
@@ -136,7 +126,7 @@ class Settings(_Record):
     sampling: SamplingSettings = SamplingSettings()
 
     def sha256(self) -> str:
-        """Hash of every setting, stable across field order and platforms."""
+        """Hash over every setting. It does not depend on the order of fields or on the platform."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
@@ -159,7 +149,7 @@ PRESETS: dict[str, Settings] = {
             embedding_learning_rate=1e-2,
             model_steps=40,
             model_learning_rate=5e-5,
-            alphas=(1.0,),
+            alpha=1.0,
             negative_context=True,
             regional_prompts=True,
             keep_unchanged=True,
@@ -170,9 +160,9 @@ PRESETS: dict[str, Settings] = {
 
 
 def preset(name: str, overrides: Mapping[str, Any] | None = None) -> Settings:
-    """The settings called `name`, some of them overridden by path: {"stage2.adapter_rank": 4}.
+    """The settings called `name`, with some of them overridden by path: {"stage2.adapter_rank": 4}.
 
-    Raises ValueError for a name, a path or a value that cannot be, with the nearest name or path that can.
+    Raises ValueError for an unknown name or path, with the nearest known one, and for a value out of range.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}{_hint(name, PRESETS)}: choose one of {', '.join(sorted(PRESETS))}")
@@ -190,7 +180,7 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None) -> Settings:
 
 
 def _places(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every setting's path, and the group that holds it."""
+    """Each setting's path with the group that holds it."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _places(value, f"{prefix}{name}.")

@@ -18,6 +18,8 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
+from diffcolor_core.errors import UnreadableImageError
+
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")  # JPEG includes MPO
 _KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # description, make, model, software, date, artist, copyright
 _UNSIGNED, _SIGNED, _FLOAT = (1, 4), 2, 3  # TIFF's SampleFormat; 4, "undefined", is read as unsigned
@@ -26,10 +28,6 @@ MAX_SIDE_PX = 1_000_000  # libpng's limit: the result of a longer scan could not
 MAX_PAGES = 1_000  # frames or pages of a file; a list of millions is an attack
 STRIP_PIXELS = 2_000_000  # full-size work goes through in strips of about this many pixels
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged file's row says what matters of it, once
-
-
-class UnreadableImageError(ValueError):
-    """A file that is no picture we can read: broken, a bomb, of another type. Never a fault of the machine."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The diffusion process: forward noising, one-step clean estimate, DDIM sampling.
 
-Symbols as in `../shared/method.md`: z latents [B, C, h, w]; t timesteps 0..T-1; abar the cumulative
-noise schedule `alphas_cumprod`; eps standard Gaussian noise; e prompt_embeds [B, tokens, width].
-Both `epsilon` and `v_prediction` checkpoints are served: the model's raw output is turned into the
-clean estimate z0 and the noise eps by the two functions below and nowhere else.
+Symbols as in `docs/method.md`: z latents [B, C, h, w]; t timesteps 0..T-1; abar the cumulative noise
+schedule `alphas_cumprod`; eps standard Gaussian noise; e prompt_embeds [B, tokens, width].
+A UNet's raw output is eps or v, depending on the checkpoint. Only `training_target` and `clean_estimate`
+know which; everything else works with z, z_0 and eps.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class Schedule(Protocol):
-    """What is read of a diffusers scheduler."""
+    """The part of a diffusers scheduler that is used here."""
 
     alphas_cumprod: Tensor
     config: object
 
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(z_t [B, C, h, w], t [B], prompt_embeds [B, tokens, width]) -> the model's raw output, like z_t."""
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(z_t [B, C, h, w], t [B], prompt_embeds [B, tokens, width]) -> the UNet's raw output, shaped like z_t."""
 
 
 def _abar(schedule: Schedule, t: Tensor, like: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def add_noise(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def training_target(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the raw output is compared with in equations (2), (5) and (6): eps, or v for v-prediction."""
+    """The raw output that equations (2), (5) and (6) ask for: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z."""
     if _predicts_v(schedule):
         abar = _abar(schedule, t, z)
         return abar.sqrt() * eps - (1 - abar).sqrt() * z
@@ -43,11 +43,11 @@ def training_target(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Te
 
 
 def clean_estimate(schedule: Schedule, z_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """z0^(z_t) and the noise that goes with it, from the model's raw output."""
+    """The one-step estimate of z_0, and the eps that goes with it, from the UNet's raw output."""
     abar = _abar(schedule, t, z_t)
     if _predicts_v(schedule):
-        z0 = abar.sqrt() * z_t - (1 - abar).sqrt() * output
-        return z0, abar.sqrt() * output + (1 - abar).sqrt() * z_t
+        z_0 = abar.sqrt() * z_t - (1 - abar).sqrt() * output
+        return z_0, abar.sqrt() * output + (1 - abar).sqrt() * z_t
     return (z_t - (1 - abar).sqrt() * output) / abar.sqrt(), output
 
 
@@ -56,9 +56,10 @@ def _predicts_v(schedule: Schedule) -> bool:
 
 
 def ddim_timesteps(schedule: Schedule, num_steps: int, strength: float) -> Tensor:
-    """The timesteps to visit, falling: the lowest `strength` of `num_steps` spread over the schedule.
+    """The timesteps to visit, from the noisiest down.
 
-    At strength 1 the first is the schedule's last. At least one step is run.
+    Of `num_steps` spread evenly over the schedule these are the lowest part, `strength` (0..1) of them and at
+    least one. At strength 1 the first is the last of the schedule.
     """
     total = len(schedule.alphas_cumprod)
     steps = torch.linspace(0, total - 1, num_steps + 1).round().long()[1:]
@@ -67,7 +68,7 @@ def ddim_timesteps(schedule: Schedule, num_steps: int, strength: float) -> Tenso
 
 @torch.no_grad()
 def ddim_sample(
-    denoiser: Denoiser,
+    predict: Predict,
     schedule: Schedule,
     z_t: Tensor,
     timesteps: Tensor,
@@ -79,20 +80,21 @@ def ddim_sample(
 ) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, eta 0) with classifier-free guidance, from z_t to z_0.
 
-    z_t: latents [B, C, h, w] at `timesteps[0]`. Both embeds are [B, tokens, width].
-    `correct_clean` maps each clean estimate to the one that is used (the luminance projection); the
-    noise is made consistent with it.
+    z_t: latents [B, C, h, w] at the noise level of `timesteps[0]`. Both embeds are [B, tokens, width].
+    correct_clean: replaces each clean estimate, as the luminance projection does; eps is changed to match.
+    guidance_scale: 1 means no guidance, and the negative prompt is then not used. Raises ValueError without
+    timesteps.
     """
     for i, t in enumerate(timesteps):
         t_batch = t.expand(len(z_t)).to(z_t.device)
         if guidance_scale > 1:
-            output = denoiser(
+            output = predict(
                 torch.cat((z_t, z_t)), torch.cat((t_batch, t_batch)), torch.cat((negative_prompt_embeds, prompt_embeds))
             )
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
         else:
-            output = denoiser(z_t, t_batch, prompt_embeds)
+            output = predict(z_t, t_batch, prompt_embeds)
         z_0, eps = clean_estimate(schedule, z_t, t_batch, output)
         if correct_clean is not None:
             z_0 = correct_clean(z_0)

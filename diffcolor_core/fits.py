@@ -1,4 +1,4 @@
-"""The fitted artefact: what stages 1 and 2 leave of one photograph, in memory and in storage."""
+"""A fit: what stages 1 and 2 leave of one photograph, in memory and in storage."""
 
 import hashlib
 import json
@@ -15,27 +15,25 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffcolor_core._version import __version__
-from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.config import Settings
+from diffcolor_core.errors import FitError
 from diffcolor_core.formats import Provenance
 from diffcolor_core.images import Picture, Scan, assemble
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Raised whenever the saved form changes. Fits of another version are refused."""
 _TENSORS, _RECORD = "fit.safetensors", "fit.json"
-
-
-class FitError(ValueError):
-    """A saved fit that is not there, damaged, of another format, or of another model or picture."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What stages 1 and 2 (steps 1 to 3) leave: every further prompt starts from here.
+    """What stages 1 and 2 (steps 1 to 3) leave of a photograph. Every target prompt starts from here.
 
-    scan: the photograph, or None for a fit saved without it. lightness: its L* at working size
-    [1, h, w], of which `content_px` (height, width) is picture and the rest padding. primary: x^_pri
-    [3, h, w] in [-1, 1], aligned. prompt_embeds: e_opt [1, tokens, width]. unet_state: theta, either
-    the fitted UNet's weights or its adapter's. losses: by name, one a step.
+    scan: the photograph, or None in a fit loaded without it. lightness: the scan's at working size, [1, h, w], of
+    which `content_px` (height, width) is picture and the rest padding. primary: chroma of x^_pri, [2, h, w].
+    rewritten_prompt, prompt_embeds, unet_state: c', e_opt [1, tokens, width] and theta (the fitted UNet's weights
+    or its adapter's); None in a fit that was made for the primary only. losses: by name, one a step. generated:
+    x_pri before alignment, L*a*b* [3, h, w]; it is not saved, and None if stage 1 did not make the primary.
     """
 
     scan: Scan | None
@@ -43,10 +41,10 @@ class Fit:
     lightness: Tensor
     content_px: tuple[int, int]
     primary: Tensor
-    prompt_embeds: Tensor
-    unet_state: dict[str, Tensor]
+    rewritten_prompt: str | None
+    prompt_embeds: Tensor | None
+    unet_state: dict[str, Tensor] | None
     context_prompt: str
-    rewritten_prompt: str
     settings: Settings
     seed: int
     model_id: str
@@ -55,20 +53,19 @@ class Fit:
     stage1_seconds: float
     stage2_seconds: float
     generated: Tensor | None = None
-    """x_pri, the primary before alignment and luminance lock, of a fit that was made here; it is not saved."""
 
-    def assemble(self, x: Tensor) -> Picture:
-        """A picture at working size [3, h, w] in [-1, 1] as one at the scan's size, with the scan's L*.
+    def assemble(self, chroma: Tensor) -> Picture:
+        """Chroma of working size [2, h, w] and the scan's lightness as a picture of the scan's size.
 
         Raises FitError for a fit that was loaded without its scan.
         """
         if self.scan is None:
             raise FitError("this fit was saved without its scan: load it as load_fit(url, image=the scan)")
         height, width = self.content_px
-        return assemble(self.scan, chroma_of(x)[:, :height, :width])
+        return assemble(self.scan, chroma[:, :height, :width])
 
     def provenance(self, prompt: str, run_id: str | None = None) -> Provenance:
-        """What is written into a picture that this fit gave for `prompt`."""
+        """What to write into a picture that this fit gave for `prompt`."""
         return Provenance(
             software=f"DiffColor Archive {__version__}",
             model=f"{self.model_id} ({self.model_revision})",
@@ -79,23 +76,26 @@ class Fit:
 
     @cached_property
     def primary_picture(self) -> Picture:
-        """The primary at the scan's size."""
+        """The primary at the scan's size, assembled when it is first read. Raises as `assemble` does."""
         return self.assemble(self.primary)
 
     def save(self, url: str, *, with_scan: bool = True) -> None:
-        """Write the fit to the folder `url` (any fsspec URL): its `files`, one after the other."""
+        """Write the `files` into the folder `url` (any fsspec URL), in their order."""
         fs, folder = fsspec.core.url_to_fs(url)
         fs.makedirs(folder, exist_ok=True)
         for name, data in self.files(with_scan=with_scan).items():
             fs.pipe_file(f"{folder}/{name}", data)
 
     def files(self, *, with_scan: bool = True) -> dict[str, bytes]:
-        """The fit as files, in the order to write them: fit.safetensors, then fit.json, which makes it whole.
+        """The fit as files, in the order to write them: fit.safetensors, then fit.json, which completes it.
 
-        With adapters this is a few megabytes at Stable Diffusion's size, with full weights all of the
-        UNet. with_scan: keep the scan's own L* (4 bytes a pixel) beside it; without, `load_fit` wants
-        the scan again. The scan's EXIF and XMP are not kept: give the scan itself where they matter.
+        At Stable Diffusion's size they take a few megabytes with adapters, and as much as the UNet without.
+        with_scan: keep the scan's lightness (4 bytes a pixel) too. Otherwise `load_fit` needs the scan again. The
+        scan's EXIF and XMP are not kept: give the scan itself if they matter. Raises FitError for a fit that was
+        made for the primary only.
         """
+        if self.prompt_embeds is None or self.unet_state is None:
+            raise FitError("this fit was made for the primary only: there is nothing in it that is worth keeping")
         tensors = {f"unet.{name}": tensor for name, tensor in self.unet_state.items()}
         tensors |= {"lightness": self.lightness, "primary": self.primary, "prompt_embeds": self.prompt_embeds}
         if with_scan and self.scan is not None:
@@ -123,29 +123,29 @@ class Fit:
 
 
 def scan_sha256(scan: Scan) -> str:
-    """Identity of a scan's picture: the hash of its size and its L*."""
+    """Identity of a scan: a hash over its size and its lightness."""
     digest = hashlib.sha256(repr(tuple(scan.lightness.shape)).encode())
     digest.update(scan.lightness.contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def load_fit(url: str, scan: Scan | None = None) -> Fit:
-    """Read what `Fit.save` wrote. Raises FitError if it is not whole, or not of this `scan`."""
+    """Read what `Fit.save` wrote. Raises FitError if it is missing, damaged, of another format or of another scan."""
     fs, folder = fsspec.core.url_to_fs(url)
     try:
         record: dict[str, Any] = json.loads(fs.cat_file(f"{folder}/{_RECORD}"))
         data: bytes = fs.cat_file(f"{folder}/{_TENSORS}")
     except FileNotFoundError as error:
-        raise FitError(f"no fit at {url!r}: {error} is missing") from error
+        raise FitError(f"there is no fit at {url!r}: {error} is missing") from error
     except ValueError as error:
-        raise FitError(f"{url!r}: {_RECORD} is damaged: {error}") from error
+        raise FitError(f"{url!r} is damaged: {_RECORD}: {error}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise FitError(f"{url!r} is a fit of format {version}; this software reads format {SCHEMA_VERSION}")
     if hashlib.sha256(data).hexdigest() != record.get("tensors_sha256"):
-        raise FitError(f"{url!r}: {_TENSORS} is not the file that {_RECORD} was written for: damaged")
+        raise FitError(f"{url!r} is damaged: {_TENSORS} is not the file that {_RECORD} describes")
     if scan is not None and scan_sha256(scan) != record.get("scan_sha256"):
-        raise FitError(f"the fit at {url!r} is of another picture than the one given")
+        raise FitError(f"the fit at {url!r} is of another picture than the one that was given")
     try:
         return _from_record(record, load(data), scan)
     except (KeyError, TypeError, ValidationError, SafetensorError) as error:
@@ -170,8 +170,3 @@ def _from_record(record: Mapping[str, Any], tensors: dict[str, Tensor], scan: Sc
         stage2_seconds=record["stage2_seconds"],
         **{name: record[name] for name in plain},
     )
-
-
-def chroma_of(x: Tensor) -> Tensor:
-    """a*, b* [2, h, w] of a picture [3, h, w] in [-1, 1]."""
-    return srgb_to_lab((x.clamp(-1, 1) + 1) / 2)[1:]

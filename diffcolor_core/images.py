@@ -1,4 +1,4 @@
-"""Scans in, pictures out: the scan's own L* and size, colours brought to them."""
+"""Scans in, pictures out: chroma of working size is joined to the scan's own lightness at its own size."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,27 +9,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffcolor_core.color import lightness, lightness_to_gray, lock_luminance
+from diffcolor_core.color import lightness_of, lightness_to_gray, lock_luminance
 from diffcolor_core.decoding import SourceMetadata, decode, strips
-
-
-class DivergedError(RuntimeError):
-    """An optimisation that has left the finite numbers."""
-
-
-def check_finite(*tensors: Tensor) -> None:
-    """Raise DivergedError unless every value is a finite number."""
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise DivergedError("the optimisation has diverged to values that are not finite: lower the learning rates")
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A decoded input, upright.
+    """A decoded photograph, upright.
 
-    lightness: [1, H, W] float32, CIE L* in [0, 100]. alpha: [H, W] uint8 or uint16, or None.
-    bit_depth: 8 or 16, that of the output. mode: the decoder's name for the pixel layout.
-    num_pages: of the file; the first one is what was read.
+    lightness: [1, H, W] float32, CIE L* in 0..100. alpha: [H, W] uint8 or uint16, or None.
+    bit_depth: 8 or 16; the results have the same. mode: the decoder's name for the pixel layout.
+    num_pages: pages or frames in the file, of which the first was read.
     """
 
     lightness: Tensor
@@ -52,22 +42,22 @@ class Scan:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: `pixels` [H, W, 3 or 4], uint8 or uint16, sRGB with straight alpha."""
+    """A finished picture: `pixels` [H, W, 3 or 4], uint8 or uint16, sRGB, alpha not premultiplied."""
 
     pixels: np.ndarray
 
     def encode_png(self) -> bytes:
-        """Lossless PNG of the same bit depth. The bytes depend on nothing but the pixels."""
+        """A lossless PNG of the same bit depth. Its bytes depend on the pixels alone."""
         return bytes(imagecodecs.png_encode(self.pixels, level=6))
 
     def save(self, path: str | Path) -> None:
-        """Write a PNG. Raises ValueError for another file name ending."""
+        """Write a PNG. Raises ValueError if the path does not end in .png."""
         if Path(path).suffix.lower() != ".png":
             raise ValueError(f"cannot write {str(path)!r}: pictures are saved as PNG, so give a name ending in .png")
         Path(path).write_bytes(self.encode_png())
 
     def to_pil(self) -> Image.Image:
-        """An 8-bit Pillow image, for showing."""
+        """An 8-bit Pillow image to show."""
         return Image.fromarray((self.pixels >> 8).astype(np.uint8) if self.pixels.dtype == np.uint16 else self.pixels)
 
 
@@ -75,10 +65,10 @@ class Picture:
 
 
 def read_scan(source: bytes | str | Path) -> Scan:
-    """Decode a picture (its first frame or page), turn it upright and take its L*.
+    """Decode a file's first frame or page, turn it upright and take its lightness.
 
-    Raises UnreadableImageError, with the decoder's reason, for anything that is not a whole picture
-    of at most `MAX_PIXELS` in one of `FORMATS`; FileNotFoundError for a path that is not there.
+    Raises UnreadableImageError, with the decoder's reason, unless it is a whole picture of at most `MAX_PIXELS`
+    in one of `FORMATS`. Raises FileNotFoundError for a path that does not exist.
     """
     samples, maximum, mode, metadata, num_pages = decode(_bytes_of(source))
     color = samples[..., : 1 if samples.shape[-1] <= 2 else 3]
@@ -94,7 +84,7 @@ def read_scan(source: bytes | str | Path) -> Scan:
 
 
 def read_picture(source: bytes | str | Path) -> Picture:
-    """Decode a coloured picture as `read_scan` does a scan, colours kept. Raises the same errors."""
+    """Decode a file as `read_scan` does, but keep its colours. Raises the same errors."""
     samples, *_ = decode(_bytes_of(source))
     if samples.shape[-1] <= 2:  # gray
         samples = np.concatenate((np.repeat(samples[..., :1], 3, axis=-1), samples[..., 1:]), axis=-1)
@@ -109,39 +99,38 @@ def _lightness_of(samples: np.ndarray, maximum: int) -> Tensor:
     height, width, channels = samples.shape
     if channels == 1:
         values = torch.linspace(0, 1, maximum + 1, dtype=torch.float64).view(1, 1, -1)
-        table = lightness(values.expand(3, -1, -1)).flatten().float()
+        table = lightness_of(values.expand(3, -1, -1)).flatten().float()
         return table[torch.from_numpy(samples[..., 0].astype(np.int32))][None]
     result = torch.empty(1, height, width)
     for rows in strips(height, width):
         rgb = torch.from_numpy(samples[rows].astype(np.float64) / maximum).permute(2, 0, 1)
-        result[:, rows] = lightness(rgb).float()
+        result[:, rows] = lightness_of(rgb).float()
     return result
 
 
-def gray_input(lightness_star: Tensor) -> Tensor:
-    """x_gray of the method: L* [1, h, w] as sRGB gray, three equal channels in [-1, 1]: [3, h, w]."""
-    return (lightness_to_gray(lightness_star).clamp(0, 1) * 2 - 1).expand(3, -1, -1).contiguous()
+def gray_input(lightness: Tensor) -> Tensor:
+    """x_gray of the method: lightness [1, h, w] as a gray picture [3, h, w] in [-1, 1]."""
+    return (lightness_to_gray(lightness).clamp(0, 1) * 2 - 1).expand(3, -1, -1).contiguous()
 
 
 # ------------------------------------------------------------------ out
 
 
 def assemble(scan: Scan, chroma: Tensor) -> Picture:
-    """The scan's own L* with a*, b* given at working size: the picture at the scan's size and bit depth.
+    """The scan's own lightness with chroma [2, h, w] of working size: a picture of the scan's size and bit depth.
 
-    chroma: [2, h, w]. It is brought to full size along the scan's own edges (`upsample_guided`); the
-    gamut costs chroma, never L* (`lock_luminance`). Raises DivergedError for chroma that is not finite.
+    The chroma is brought to full size along the scan's edges (`upsample_guided`). Where sRGB cannot show a
+    colour at the scan's lightness, the chroma gives way and the lightness does not (`lock_luminance`).
     """
-    check_finite(chroma)
     maximum = 65535 if scan.bit_depth == 16 else 255
     dtype = np.uint16 if scan.bit_depth == 16 else np.uint8
     height, width = scan.height_px, scan.width_px
     pixels = np.empty((height, width, 3 if scan.alpha is None else 4), dtype)
-    small_lightness = resize(scan.lightness, chroma.shape[-2:])
+    small_guide = resize(scan.lightness, chroma.shape[-2:])
     for rows in strips(height, width):
-        l_star = scan.lightness[:, rows]
-        full = upsample_guided(chroma, small_lightness, l_star, rows, height)
-        rgb = lock_luminance(full.double(), l_star.double()) * maximum
+        lightness = scan.lightness[:, rows]
+        full = upsample_guided(chroma, small_guide, lightness, rows, height)
+        rgb = lock_luminance(full.double(), lightness.double()) * maximum
         pixels[rows, :, :3] = rgb.round().permute(1, 2, 0).numpy().astype(dtype)
     if scan.alpha is not None:
         pixels[..., 3] = scan.alpha
@@ -149,39 +138,36 @@ def assemble(scan: Scan, chroma: Tensor) -> Picture:
 
 
 def resize(image: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear resize with antialiasing: [C, H, W] to [C, *size]."""
+    """Resize [C, H, W] to [C, *size], bilinear with antialiasing."""
     return torch.nn.functional.interpolate(
         image[None], size=tuple(size), mode="bilinear", antialias=True, align_corners=False
     )[0]
 
 
-def upsample_guided(
-    image: Tensor, small_lightness: Tensor, lightness_star: Tensor, rows: slice, height_px: int
-) -> Tensor:
-    """Joint bilateral upsampling (Kopf et al. 2007) of a strip, the full-size L* as guide.
+def upsample_guided(values: Tensor, small_guide: Tensor, guide: Tensor, rows: slice, height_px: int) -> Tensor:
+    """Joint bilateral upsampling (Kopf et al. 2007) of one strip of a picture: [C, R, W].
 
-    image [C, h, w] (chroma, or regions) and small_lightness [1, h, w] at working size;
-    lightness_star [1, R, W], the strip `rows` of a picture of `height_px`. Each pixel takes the
-    mean of the 4 x 4 samples around it, weighted by nearness and by likeness of L*: colour stops
-    where the scan's own edges are.
-    At working size = full size it is the identity. Returns [C, R, W].
+    values: [C, h, w], chroma or regions at working size. small_guide: [1, h, w], the lightness there. guide:
+    [1, R, W], the lightness of the strip `rows` of a picture of `height_px`. Each pixel takes the mean of the
+    4 x 4 values around it, weighted by distance and by difference of lightness, so that colour stops at the
+    scan's edges. At equal sizes the values are returned as they are.
     """
-    h, w = image.shape[-2:]
-    width = lightness_star.shape[-1]
+    h, w = values.shape[-2:]
+    width = guide.shape[-1]
     if (h, w) == (height_px, width):
-        return image[:, rows]
-    y = (torch.arange(rows.start, rows.stop, dtype=image.dtype) + 0.5) * h / height_px - 0.5
-    x = (torch.arange(width, dtype=image.dtype) + 0.5) * w / width - 0.5
-    total = torch.zeros((len(image), *lightness_star.shape[-2:]), dtype=image.dtype)
-    weight = torch.zeros_like(lightness_star)
+        return values[:, rows]
+    y = (torch.arange(rows.start, rows.stop, dtype=values.dtype) + 0.5) * h / height_px - 0.5
+    x = (torch.arange(width, dtype=values.dtype) + 0.5) * w / width - 0.5
+    total = torch.zeros((len(values), *guide.shape[-2:]), dtype=values.dtype)
+    weight = torch.zeros_like(guide)
     for dy in range(-1, 3):
         yi = y.floor().long() + dy
         for dx in range(-1, 3):
             xi = x.floor().long() + dx
             near = torch.exp(-((y - yi)[:, None] ** 2 + (x - xi)[None] ** 2) / 1.0)
             rows_in, columns_in = yi.clamp(0, h - 1), xi.clamp(0, w - 1)
-            guide = small_lightness[:, rows_in][:, :, columns_in]
-            like = torch.exp(-((guide - lightness_star) ** 2) / (2 * 5.0**2)) + 1e-4
-            total += near * like * image[:, rows_in][:, :, columns_in]
+            difference = small_guide[:, rows_in][:, :, columns_in] - guide
+            like = torch.exp(-(difference**2) / (2 * 5.0**2)) + 1e-4
+            total += near * like * values[:, rows_in][:, :, columns_in]
             weight += near * like
     return total / weight

@@ -1,15 +1,15 @@
-"""What is measured of a finished picture."""
+"""Measures of a finished picture."""
 
 import numpy as np
 import torch
 
-from diffcolor_core.color import lightness
+from diffcolor_core.color import lightness_of
 from diffcolor_core.decoding import strips
 from diffcolor_core.images import Picture, Scan
 
 
 def colorfulness(picture: Picture) -> float:
-    """Hasler and Suesstrunk (2003), signed opponent values on the 0..255 scale; 0 is gray, 109 extremely colorful."""
+    """Colourfulness after Hasler and Suesstrunk (2003), on the 0..255 scale: 0 is gray, 109 extremely colourful."""
     scale = 257.0 if picture.pixels.dtype == np.uint16 else 1.0
     count, sums, squares = 0, np.zeros(2), np.zeros(2)
     height, width = picture.pixels.shape[:2]
@@ -26,10 +26,10 @@ def colorfulness(picture: Picture) -> float:
 
 
 def abs_delta_l(scan: Scan, picture: Picture) -> tuple[float, float]:
-    """Mean and 99th percentile of |L*(scan) - L*(picture)|, over every pixel as saved (PNG is lossless)."""
+    """Mean and 99th percentile of |L*(scan) - L*(picture)| over all pixels, as a lossless file would hold them."""
     maximum = 65535.0 if picture.pixels.dtype == np.uint16 else 255.0
     difference = np.empty((scan.height_px, scan.width_px), np.float32)
     for rows in strips(scan.height_px, scan.width_px):
         rgb = torch.from_numpy(picture.pixels[rows, :, :3].astype(np.float64) / maximum).permute(2, 0, 1)
-        difference[rows] = (lightness(rgb)[0] - scan.lightness[0, rows].double()).abs().numpy()
+        difference[rows] = (lightness_of(rgb)[0] - scan.lightness[0, rows].double()).abs().numpy()
     return float(difference.mean(dtype=np.float64)), float(np.percentile(difference, 99))

@@ -1,27 +1,29 @@
-"""The checkpoint: loaded through `from_pretrained` from a hub id at a pinned revision or a local folder.
+"""Checkpoints: found, identified, loaded, and what their networks compute.
 
-A checkpoint is a Stable-Diffusion-shaped diffusers folder (`vae`, `unet`, `text_encoder`,
-`tokenizer`, `scheduler`) and a CLIP for guidance: the folder's own `clip` where it has one, else
-OpenAI's ViT-B/32. Only safetensors are read.
+A checkpoint is a Stable-Diffusion-shaped diffusers folder (`vae`, `unet`, `text_encoder`, `tokenizer`,
+`scheduler`) and a CLIP for guidance: the folder's own `clip` if it has one, else OpenAI's ViT-B/32. It comes
+from a local folder or from the hub at a pinned commit. Only safetensors are read.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from diffcolor_core.errors import ModelError
+
 DEMO_FOLDER = Path(__file__).parent / "demo" / "bundle"
 DEMO_JUDGE = Path(__file__).parent / "demo" / "judge"
-"""A CLIP of the demo model's kind that guided nothing: it judges."""
+"""A CLIP trained like the demo model's that guides nothing, so that it can judge results."""
 PINNED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     # The commit that holds model.safetensors; the main branch has the pickle only.
@@ -30,23 +32,10 @@ PINNED = {
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
 
-class ModelError(ValueError):
-    """A checkpoint that is missing, unpinned or of another architecture."""
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Hash of all parameters and buffers of a module, names included."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def resolve(model: str) -> tuple[str, str | None]:
-    """(folder or hub id, revision) of "demo", a folder, "id" with a known pin, or "id@commit".
+    """(folder or hub id, commit) of "demo", a folder, a hub id that `PINNED` lists, or "owner/name@commit".
 
-    Raises ModelError for a hub id without a commit.
+    The commit of a folder is None. Raises ModelError if there is no such model, or no commit.
     """
     if model == "demo":
         if not DEMO_FOLDER.is_dir():
@@ -57,37 +46,50 @@ def resolve(model: str) -> tuple[str, str | None]:
     name, _, revision = model.partition("@")
     revision = revision or PINNED.get(name, "")
     if name.count("/") != 1:
-        raise ModelError(f"no model {model!r}: give 'demo', a diffusers folder, or a hub id as 'owner/name@revision'")
-    if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch or a tag moves, and what is called the same is not
+        raise ModelError(f"no model {model!r}: give 'demo', a diffusers folder, or a hub id as 'owner/name@commit'")
+    if not re.fullmatch("[0-9a-f]{40}", revision):  # branches and tags move; commits do not
         raise ModelError(
-            f"hub model {name!r} needs a pinned revision, so that a result can be made again: "
+            f"hub model {name!r} needs a pinned revision, so that its results can be reproduced: give "
             f"'{name}@<commit hash of 40 digits>' (its page lists the commits), not {revision!r}"
         )
     return name, revision
 
 
-def _folder_revision(folder: Path) -> str:
-    """What a local checkpoint is: a hash of its weights and configurations."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".txt"):
-            digest.update(str(path.relative_to(folder)).encode())
+def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
+    """(model_id, model_revision) as fits and manifests record them.
+
+    The revision of a hub model is its commit. That of a folder is "sha256:" and two hashes, joined by "-": one
+    over all its weights and configurations, and a short one that is quick to compute. known_revision: what this
+    function gave earlier, perhaps on another machine. If the short hash agrees with it, the folder is not read in
+    full again. Raises ModelError if there is no such model, or another one than `known_revision` says.
+    """
+    source, commit = resolve(model)
+    revision = commit or known_revision or ""
+    if commit is None:
+        files = sorted(path for path in Path(source).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        quick, whole = hashlib.sha256(), hashlib.sha256()
+        for path in files:
+            name, size = str(path.relative_to(source)), path.stat().st_size
             with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return "sha256:" + digest.hexdigest()
-
-
-def identify(model: str) -> tuple[str, str]:
-    """(model_id, model_revision) as the manifest records them, without loading weights."""
-    source, revision = resolve(model)
-    return ("demo" if model == "demo" else source), revision or _folder_revision(Path(source))
+                file.seek(max(0, size - 2**20))
+                quick.update(f"{name} {size}\n".encode() + file.read())
+        short = f"-{quick.hexdigest()[:16]}"
+        if not revision.endswith(short):
+            for path in files:
+                whole.update(str(path.relative_to(source)).encode())
+                with path.open("rb") as file:
+                    whole.update(hashlib.file_digest(file, "sha256").digest())
+            revision = f"sha256:{whole.hexdigest()}{short}"
+    if known_revision not in (None, revision):
+        raise ModelError(f"{model!r} is at {revision} here, not at {known_revision}: is it another model, or changed?")
+    return ("demo" if model == "demo" else source), revision
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint, frozen and in evaluation mode.
+    """A loaded checkpoint: frozen, in evaluation mode, with float32 weights.
 
-    `model_revision` is the hub commit, or "sha256:..." over a local folder's files.
+    model_id, model_revision: as `identify` gives them. dtype: what the networks compute in (autocast).
     """
 
     vae: AutoencoderKL
@@ -103,43 +105,42 @@ class Checkpoint:
     model_revision: str
     device: torch.device
     dtype: torch.dtype
-    """Weights are float32; the networks compute in this type (autocast), float32 meaning no autocast."""
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent cell along a side, read from the VAE: 8 for Stable Diffusion."""
+        """Pixels per latent cell along a side: 8 for Stable Diffusion."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def size_multiple_px(self) -> int:
-        """What a picture's sides must be multiples of, for the UNet to halve its way down and back."""
+        """A picture's sides must be multiples of this, since VAE and UNet halve them several times."""
         return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def native_size_px(self) -> int:
-        """The side of the squares that the checkpoint was trained on."""
+        """The side of the square pictures that the checkpoint was trained on."""
         return int(self.unet.config.sample_size) * self.vae_factor
 
     # ---------------------------------------------------------------- latents
 
     def autocast(self) -> torch.autocast:
-        """The context in which the networks run."""
+        """The context in which the networks run. float32 means none."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode(self, x: Tensor) -> Tensor:
-        """z = s E(x): x [B, 3, H, W] in [-1, 1] to latents [B, C, H/f, W/f], the posterior's mean."""
+        """z = s E(x): pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H/f, W/f], the posterior's mean."""
         with self.autocast():
             mean: Tensor = self.vae.encode(x).latent_dist.mean
         return mean.float() * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """x = D(z): latents to pictures [B, 3, H, W], about [-1, 1], not clipped."""
+        """x = D(z / s): latents to pictures [B, 3, H, W], about [-1, 1] and not clipped."""
         with self.autocast():
             x: Tensor = self.vae.decode(z / self.vae.config.scaling_factor).sample
         return x.float()
 
-    def denoise(self, unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """The raw output of `unet` (the base one or a fitted copy of it), float32."""
+    def predict(self, unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """The raw output (eps or v) of `unet`, which is the base one or a fitted copy: like z_t, float32."""
         with self.autocast():
             output: Tensor = unet(z_t, t, encoder_hidden_states=prompt_embeds).sample
         return output.float()
@@ -149,8 +150,8 @@ class Checkpoint:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """T(c): prompts to prompt_embeds [B, chunks x max_length, width].
 
-        A prompt longer than the text tower is encoded in chunks set one after another, and shorter
-        prompts of the same call are filled up with empty chunks: nothing is cut off.
+        Nothing is cut off: a prompt that is too long for the text tower is encoded in chunks, which are then
+        joined. The shorter prompts of one call are padded with the empty prompt's chunks.
         """
         chunked = [_chunks(self.tokenizer, prompt) for prompt in prompts]
         most = max(len(chunks) for chunks in chunked)
@@ -161,9 +162,9 @@ class Checkpoint:
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]
 
     def token_positions(self, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """For each part prompt[start:end], where its tokens stand in `encode_prompts([prompt])`."""
+        """For each part prompt[start:end], the positions of its tokens in `encode_prompts([prompt])`."""
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        room = int(self.tokenizer.model_max_length) - 2  # of a chunk, without its start and end tokens
+        room = int(self.tokenizer.model_max_length) - 2  # in a chunk, beside its start and end tokens
         return [
             [
                 1 + index + 2 * (index // room)
@@ -177,7 +178,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def clip_text_features(self, prompts: Sequence[str]) -> Tensor:
-        """f_T: prompts to unit vectors [B, d]; a long prompt is the mean of its chunks."""
+        """f_T: prompts to unit vectors [B, d]. A long prompt gives the mean of its chunks."""
         rows = []
         for prompt in prompts:
             ids = torch.stack(_chunks(self.clip_tokenizer, prompt)).to(self.device)
@@ -186,10 +187,10 @@ class Checkpoint:
         return F.normalize(torch.stack(rows), dim=-1)
 
     def clip_image_features(self, x: Tensor) -> Tensor:
-        """f_I: pictures [B, 3, H, W] in [-1, 1] to unit vectors [B, d], differentiably.
+        """f_I: pictures [B, 3, H, W] in [-1, 1] to unit vectors [B, d], differentiable.
 
-        CLIP sees squares: a picture that is not square is the mean of evenly spaced square crops,
-        as many as cover it but at most 8.
+        CLIP sees squares. Any other shape gives the mean over evenly spaced square crops: as many as cover the
+        picture, but at most 8.
         """
         side = int(self.clip.config.vision_config.image_size)
         short, long = sorted(x.shape[-2:])
@@ -211,8 +212,14 @@ class Checkpoint:
         return F.normalize(features, dim=-1)
 
 
+def pad_embeds(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:
+    """Embeds [B, n, width] padded to `num_tokens` with the empty prompt's `e_empty` [1, one chunk, width]."""
+    num_chunks = (num_tokens - e.shape[1]) // e_empty.shape[1]
+    return torch.cat((e, *[e_empty.expand(len(e), -1, -1)] * num_chunks), dim=1)
+
+
 def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Tensor]:
-    """Token ids of a prompt in pieces of the tokenizer's length, each with its start and end tokens: [[length]]."""
+    """A prompt's token ids in chunks [length], each with its own start and end token."""
     length = int(tokenizer.model_max_length)
     ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     pieces = [ids[i : i + length - 2] for i in range(0, max(1, len(ids)), length - 2)]
@@ -223,54 +230,57 @@ def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Tensor]:
     return [torch.tensor(row) for row in padded]
 
 
-def _frozen(modules: Iterable[nn.Module], device: torch.device) -> None:
-    for module in modules:
-        module.to(device).eval().requires_grad_(False)
-
-
 def load_checkpoint(
-    model: str, *, clip: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    model: str,
+    *,
+    clip: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Load a checkpoint and its guidance CLIP.
 
-    model, clip: "demo" (model only), a local folder, a hub id with a pin of ours, or "id@revision".
-    Raises ModelError for an unpinned id, an architecture we do not serve, or files that are not there.
+    model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may also be "demo".
+    revision: what `identify(model)` gave, for instance in the process that planned a run: a folder is then not
+    hashed again. Raises ModelError if a model is missing, not pinned, not at `revision`, or of an architecture
+    that we do not serve.
     """
-    source, revision = resolve(model)
-    transformers_logging.disable_progress_bar()  # of copying weights into modules; downloads keep theirs
+    source, commit = resolve(model)
+    transformers_logging.disable_progress_bar()  # for copying weights; downloads keep theirs
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(source, revision=revision)
+        index: dict[str, Any] = DiffusionPipeline.load_config(source, revision=commit)
         kind = index.get("_class_name", "a checkpoint of no named class")
         if kind != "StableDiffusionPipeline":
             raise ModelError(
                 f"{model!r} is {kind}: only StableDiffusionPipeline checkpoints are served (Stable Diffusion 1.x "
-                "and 2.x). SDXL and later ones condition on a second text encoder and picture sizes."
+                "and 2.x). SDXL and later need a second text encoder and picture sizes."
             )
-        common: dict[str, Any] = {"revision": revision, "use_safetensors": True, "torch_dtype": torch.float32}
+        common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "torch_dtype": torch.float32}
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
         text: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-        text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", revision=revision, **text)
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
-        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=revision)
+        text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", revision=commit, **text)
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=commit)
+        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=commit)
 
         inner = Path(source, "clip")
-        clip_source, clip_revision = (
+        clip_source, clip_commit = (
             (str(inner), None) if clip is None and inner.is_dir() else resolve(clip or DEFAULT_CLIP)
         )
-        clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_revision, **text)
-        clip_tokenizer = CLIPTokenizer.from_pretrained(clip_source, revision=clip_revision)
-        processor = AutoImageProcessor.from_pretrained(clip_source, revision=clip_revision, backend="pil")
+        clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, **text)
+        clip_tokenizer = CLIPTokenizer.from_pretrained(clip_source, revision=clip_commit)
+        processor = AutoImageProcessor.from_pretrained(clip_source, revision=clip_commit, backend="pil")
     except OSError as error:
         raise ModelError(f"cannot load {model!r}: {error}") from error
     if unet.config.in_channels != vae.config.latent_channels:
         raise ModelError(
-            f"{model!r} has a UNet of {unet.config.in_channels} input channels on latents of "
+            f"{model!r} has a UNet with {unet.config.in_channels} input channels for latents with "
             f"{vae.config.latent_channels}: inpainting and depth checkpoints are not served"
         )
+    model_id, model_revision = identify(model, revision)
     device = torch.device(device)
-    _frozen((vae, unet, text_encoder, clip_model), device)
-    model_id, model_revision = identify(model)
+    for module in (vae, unet, text_encoder, clip_model):
+        module.to(device).eval().requires_grad_(False)
     return Checkpoint(
         vae=vae,
         unet=unet,

@@ -1,9 +1,8 @@
-"""Prompts as text: noun phrases, identifiers, and their tokens.
+"""The noun phrases of a prompt.
 
-Noun phrases come from HanTa's part-of-speech tagger (hidden Markov model, tags of the British
-National Corpus), whose English model installs with the package. That model is a pickle: it is
-loaded only from the installed package, never from the working folder, and only if its hash is the
-one that we have looked at.
+They come from HanTa's part-of-speech tagger (hidden Markov model, tags of the British National Corpus), whose
+English model is part of the package. That model is a pickle, so it is loaded from the installed package only,
+never from the working folder, and only if its hash is that of the file that we have inspected.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ _NOUN_TAGS = ("NN", "NP")
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """A noun with what describes it: `prompt[start:end]`, without its article. `noun`, its last word, is lower case."""
+    """A noun with its description, `prompt[start:end]`, without the article. `noun` is its last word in lower case."""
 
     start: int
     noun_start: int
@@ -50,17 +49,17 @@ def _tagger() -> Any:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != _MODEL_SHA256:
         raise RuntimeError(
-            f"HanTa's English model at {path} has SHA-256 {digest}, expected {_MODEL_SHA256}. It is a pickle "
-            "and would run as code, so it is not loaded: install the HanTa version pinned in constraints.txt."
+            f"HanTa's English model at {path} has SHA-256 {digest}, not {_MODEL_SHA256}. It is a pickle, which can "
+            "run code, so it is not loaded: install the HanTa version that constraints.txt pins."
         )
     return HanoverTagger(str(path))
 
 
 def noun_phrases(prompt: str) -> list[NounPhrase]:
-    """The noun phrases of an English prompt, in order: adjectives and nouns up to the last noun of each.
+    """The noun phrases of an English prompt, in order: each is a row of adjectives and nouns.
 
-    "a brown dog on a wooden bench" gives "brown dog" and "wooden bench". Set prepositions such as
-    "in front of" hold no noun phrase.
+    "a brown dog on a wooden bench" gives "brown dog" and "wooden bench". Compound prepositions such as "in front
+    of" contain none.
     """
     places = list(_WORD.finditer(prompt))
     words = [place.group() for place in places]
@@ -84,7 +83,7 @@ def noun_phrases(prompt: str) -> list[NounPhrase]:
             i = max(first + 1, nouns)
             continue
         while first < nouns and tags[first].startswith(("VV", "CJ")):
-            first += 1  # a participle or "and" does not open a phrase: "sitting" of "sitting dogs" may, of "and" never
+            first += 1  # a verb or a conjunction cannot open a phrase
         start, end = places[first].start(), places[i - 1].end()
         phrases.append(
             NounPhrase(
@@ -99,35 +98,5 @@ def noun_phrases(prompt: str) -> list[NounPhrase]:
 
 
 def _joins(tags: list[str], first: int, i: int) -> bool:
-    """Whether the "and" at i stands between two adjectives of one phrase ("white and blue shirts")."""
+    """Whether the "and" at i joins two adjectives of one phrase ("white and blue shirts")."""
     return i > first and i + 1 < len(tags) and tags[i - 1].startswith("AJ") and tags[i + 1].startswith("AJ")
-
-
-def insert_identifiers(prompt: str, identifiers: list[str]) -> str:
-    """c' from c: one identifier before every noun phrase, after its article (`method.md`, stage 2, step 1).
-
-    "A dog on a wooden bench" becomes "A sks dog on a ktn wooden bench". Raises ValueError if there
-    are more noun phrases than identifiers.
-    """
-    phrases = noun_phrases(prompt)
-    if len(phrases) > len(identifiers):
-        raise ValueError(
-            f"the prompt has {len(phrases)} noun phrases but there are only {len(identifiers)} identifiers: "
-            "shorten the prompt"
-        )
-    pieces, last = [], 0
-    for phrase, identifier in zip(phrases, identifiers, strict=False):
-        pieces += [prompt[last : phrase.start], identifier, " "]
-        last = phrase.start
-    return "".join([*pieces, prompt[last:]])
-
-
-def rare_tokens(tokenizer: Any, count: int) -> list[str]:
-    """Up to `count` words that are one rare token each: the last-merged short whole words of a CLIP vocabulary.
-
-    BPE merges are learned most frequent first, so the highest ids are the rarest. Words of English
-    as the tagger knows them are fine too: rare is what matters, not meaningless.
-    """
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1])
-    words = (piece.removesuffix("</w>") for piece, _ in vocabulary if piece.endswith("</w>"))
-    return [word for word in words if 2 <= len(word) <= 4 and word.isascii() and word.isalpha()][:count]

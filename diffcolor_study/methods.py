@@ -37,12 +37,8 @@ def _steps(factor: float) -> Callable[[Settings], Settings]:
     return derive
 
 
-def _alpha(value: float) -> dict[str, Any]:
-    return {"alphas": (value,)}
-
-
 _PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False}
-_NO_FIT = {"embedding_steps": 0, "model_steps": 0, **_alpha(1.0), **_PAPERS}
+_NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alpha": 1.0, **_PAPERS}
 _PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False}
 
@@ -66,7 +62,7 @@ METHODS: dict[str, Method] = {
         _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "from pure noise, luminance lock"
     ),
     "imagic": Method(
-        _with(**_PLAIN, stage2={**_alpha(1.2), **_PAPERS}, sampling=_OFF),
+        _with(**_PLAIN, stage2={"alpha": 1.2, **_PAPERS}, sampling=_OFF),
         "stage 2 on the gray picture, without stage 1",
     ),
     "stage1": Method(
@@ -87,8 +83,8 @@ METHODS: dict[str, Method] = {
     "no-fit": Method(_with(stage2={"embedding_steps": 0, "model_steps": 0}), "without stage 2's optimisation"),
     "no-identifiers": Method(_with(stage2={"use_identifiers": False}), "without identifiers"),
     "adapters": Method(_with(stage2={"adapter_rank": 4, "model_learning_rate": 1e-3}), "low-rank adapters of rank 4"),
-    "alpha-0.8": Method(_with(stage2=_alpha(0.8)), "alpha 0.8"),
-    "alpha-1.2": Method(_with(stage2=_alpha(1.2)), "alpha 1.2"),
+    "alpha-0.8": Method(_with(stage2={"alpha": 0.8}), "alpha 0.8"),
+    "alpha-1.2": Method(_with(stage2={"alpha": 1.2}), "alpha 1.2"),
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),

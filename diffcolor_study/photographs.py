@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from diffcolor_core.color import lightness
+from diffcolor_core.color import lightness_of
 from diffcolor_core.colorizer import DiffColor
 from diffcolor_core.config import Settings
 from diffcolor_core.formats import encode
@@ -89,7 +89,7 @@ def fidelity(truth: Picture, picture: Picture) -> dict[str, float]:
     """PSNR (dB) and SSIM of sRGB, SSIM of L*, colourfulness, and its distance to the truth's as a share of that."""
     x, y = rgb_of(picture)[None], rgb_of(truth)[None]
     ssim = structural_similarity_index_measure(x, y, data_range=1.0)
-    ssim_l = structural_similarity_index_measure(lightness(x) / 100, lightness(y) / 100, data_range=1.0)
+    ssim_l = structural_similarity_index_measure(lightness_of(x) / 100, lightness_of(y) / 100, data_range=1.0)
     psnr = float(peak_signal_noise_ratio(x, y, data_range=1.0))
     own, true = colorfulness(picture), colorfulness(truth)
     assert isinstance(ssim, Tensor)

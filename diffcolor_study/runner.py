@@ -12,7 +12,6 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from diffcolor_core.color import lightness
 from diffcolor_core.colorizer import DiffColor, Result
 from diffcolor_core.config import Settings
 from diffcolor_core.images import Picture, read_picture
@@ -123,11 +122,11 @@ def _saved(picture: Picture, stem: Path) -> Picture:
     return read_picture(path)
 
 
-def _before_lock(result: Result, small_lightness: Tensor) -> dict[str, float]:
+def _before_lock(result: Result, lightness: Tensor) -> dict[str, float]:
     """Mean and p99 |Delta L*| between the model's own output and the scan, at working size, before the lock."""
     if result.generated is None:  # the picture was coloured before the study began
         return {}
-    delta = (lightness((result.generated + 1) / 2) - small_lightness).abs()
+    delta = (result.generated[:1] - lightness).abs()
     return {
         "mean_abs_delta_l_before_lock": float(delta.mean()),
         "p99_abs_delta_l_before_lock": float(delta.quantile(0.99)),

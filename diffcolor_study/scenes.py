@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness, lightness_to_gray
+from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness_of, lightness_to_gray
 
 HUES = {"red": 32.0, "yellow": 95.0, "green": 142.0, "turquoise": 200.0, "blue": 280.0, "purple": 322.0}
 NEUTRALS = ("black", "gray", "white")
@@ -289,15 +289,15 @@ def render(spec: SceneSpec, size_px: int = 64) -> Scene:
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), len(spec.regions)).permute(2, 0, 1).float()
     masks = torch.nn.functional.avg_pool2d(one_hot[None], 2)[0]
     rgb = _apply_style(rgb, spec.style, noise)
-    return Scene(spec=spec, rgb=rgb, gray=lightness_to_gray(lightness(rgb)).clamp(0, 1), masks=masks)
+    return Scene(spec=spec, rgb=rgb, gray=lightness_to_gray(lightness_of(rgb)).clamp(0, 1), masks=masks)
 
 
 def _apply_style(rgb: Tensor, style: str, noise: np.random.Generator) -> Tensor:
-    gray = lightness_to_gray(lightness(rgb)).clamp(0, 1).expand_as(rgb)
+    gray = lightness_to_gray(lightness_of(rgb)).clamp(0, 1).expand_as(rgb)
     if style == "photo":
         return rgb
     if style == "brownish":
-        l_star = lightness(rgb)
+        l_star = lightness_of(rgb)
         brown = torch.cat((l_star, torch.full_like(l_star, 9.0), torch.full_like(l_star, 17.0)))
         return lab_to_srgb(fit_gamut(brown)).clamp(0, 1)
     if style == "grayscale":

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from diffcolor_core.attention import RecordedAttention, recorded_attention
-from diffcolor_core.color import lightness
+from diffcolor_core.color import lightness_of
+from diffcolor_core.regions import RecordedAttention, recorded_attention
 from diffcolor_study.scenes import COLOR_WORDS, OBJECT_KINDS, objects_swapped
 from diffcolor_training.dataset import cached_pictures, cached_region_cells, draw_caption, scene_spec, swap_colors
 from diffcolor_training.loop import fit_part, step_rng
@@ -86,7 +86,7 @@ def emphasise_luminance(vae: AutoencoderKL, x: Tensor, factor: float = 3.0) -> T
     VAE unchanged. Sets `scaling_factor` so that the latents have unit variance.
     """
     z = vae.encode(x).latent_dist.mean  # [B, C, h, w]
-    cells = F.adaptive_avg_pool2d(lightness((x + 1) / 2), z.shape[-2:])  # [B, 1, h, w]
+    cells = F.adaptive_avg_pool2d(lightness_of((x + 1) / 2), z.shape[-2:])  # [B, 1, h, w]
     rows = (z - z.mean(dim=(0, 2, 3), keepdim=True)).movedim(1, -1).flatten(0, 2)  # [N, C]
     readout = torch.linalg.lstsq(rows, (cells - cells.mean()).flatten()[:, None]).solution[:, 0]
     u = F.normalize(readout, dim=0)

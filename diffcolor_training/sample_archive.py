@@ -14,17 +14,17 @@ import torch
 import typer
 from PIL import Image
 
-from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness, lightness_to_gray
+from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness_of, lightness_to_gray
 from diffcolor_study.scenes import Scene, caption, draw_scene, recolored, render
 
 
 def _write(scene: Scene, path: Path) -> None:
     if path.suffix == ".tif":
-        l_star = lightness(scene.rgb.double())
+        l_star = lightness_of(scene.rgb.double())
         samples = (lightness_to_gray(l_star)[0] * 65535).round().numpy().astype(np.uint16)
         tifffile.imwrite(path, samples, photometric="minisblack", compression="zlib")
     elif path.suffix == ".jpg":
-        l_star = lightness(scene.rgb)
+        l_star = lightness_of(scene.rgb)
         sepia = torch.cat((l_star, torch.full_like(l_star, 6.0), torch.full_like(l_star, 14.0)))
         pixels = (lab_to_srgb(fit_gamut(sepia)).clamp(0, 1) * 255).round().byte()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=92)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from diffcolor_core.attention import phrase_regions, recorded_attention
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.prompts import noun_phrases
+from diffcolor_core.regions import phrase_regions, recorded_attention
 
 
 @pytest.fixture(scope="module")

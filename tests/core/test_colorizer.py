@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffcolor_core.prior import contrastive_loss
 from PIL import Image
 
 from diffcolor_core import DiffColor, DivergedError, Settings, preset, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.models import weights_sha256
-from diffcolor_core.prior import contrastive_loss
 from support.pictures import gray_picture
 
 QUICK = Settings(
@@ -174,7 +174,7 @@ def test_regional_prompts_give_each_noun_its_own_colour(pipe):
 
 
 def test_a_phrase_is_exaggerated_alone():
-    from diffcolor_core.in_context import exaggerate
+    from diffcolor_core.stage2 import exaggerate
 
     e, empty = torch.randn(1, 6, 4), torch.randn(1, 3, 4)
     neutral = torch.cat((empty, empty), dim=1)

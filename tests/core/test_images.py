@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
 
 from diffcolor_core import DiffColor, decoding, images, metrics
-from diffcolor_core.color import lightness
+from diffcolor_core.color import lightness_of
 from diffcolor_core.decoding import UnreadableImageError
 from diffcolor_core.images import Picture, Scan, assemble, read_scan
 
@@ -35,7 +35,7 @@ def tiff(samples: np.ndarray, **kwargs) -> bytes:
 
 def l_star_of(samples: np.ndarray, maximum: int) -> torch.Tensor:
     rgb = samples[..., None].repeat(3, -1) if samples.ndim == 2 else samples
-    return lightness(torch.from_numpy(rgb.astype(np.float64) / maximum).permute(2, 0, 1)).float()
+    return lightness_of(torch.from_numpy(rgb.astype(np.float64) / maximum).permute(2, 0, 1)).float()
 
 
 RAMP8 = np.linspace(0, 255, 48 * 64).reshape(48, 64).round().astype(np.uint8)

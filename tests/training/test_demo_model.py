@@ -10,13 +10,12 @@ from safetensors import safe_open
 
 from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
-from diffcolor_core.attention import phrase_regions
-from diffcolor_core.color import lightness
+from diffcolor_core.color import lightness_of, lock_luminance
 from diffcolor_core.config import preset
-from diffcolor_core.images import gray_input
-from diffcolor_core.in_context import reconstruction_loss
 from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
 from diffcolor_core.prompts import noun_phrases
+from diffcolor_core.regions import phrase_regions
+from diffcolor_core.stage2 import reconstruction_loss
 from diffcolor_study.scenes import asked_colors, caption, draw_scene, recolored, render
 from diffcolor_study.scores import region_colors
 from diffcolor_training.evaluate import draw_pictures, without_fit
@@ -65,7 +64,7 @@ def test_both_stages_with_the_demo_preset():
     pipe = DiffColor.from_pretrained("demo")
     fit = pipe.fit(buffer.getvalue(), caption(scene.spec, colors=False))
     checkpoint = pipe.checkpoint
-    z = checkpoint.encode(fit.primary[None])
+    z = checkpoint.encode(lock_luminance(fit.primary, fit.lightness)[None] * 2 - 1)
 
     @torch.no_grad()
     def loss(unet, e) -> float:  # over the same draws of t and eps each time
@@ -87,8 +86,7 @@ def test_attention_finds_the_nouns():
     checkpoint = load_checkpoint("demo")
     shares = []
     for scene in scenes(4):
-        l_star, prompt = lightness(scene.rgb), caption(scene.spec, colors=False)
-        z = checkpoint.encode(gray_input(l_star)[None])
-        regions = phrase_regions(checkpoint, z, l_star, prompt, noun_phrases(prompt), torch.Generator().manual_seed(0))
+        lightness, prompt = lightness_of(scene.rgb), caption(scene.spec, colors=False)
+        regions = phrase_regions(checkpoint, lightness, prompt, noun_phrases(prompt), torch.Generator().manual_seed(0))
         shares.append(float((regions.argmax(dim=0) == scene.masks.argmax(dim=0)).float().mean()))
     assert sum(shares) / len(shares) >= 0.8

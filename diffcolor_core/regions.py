@@ -1,0 +1,125 @@
+"""Regions [O]: which part of a picture each noun names, and one prompt for each part.
+
+The regions come from the UNet's own cross-attention (after DAAM, Tang et al. 2022), without a segmenter.
+Joining several prompts in one picture follows MultiDiffusion (Bar-Tal et al. 2023).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffcolor_core.diffusion import Predict, add_noise
+from diffcolor_core.images import gray_input, upsample_guided
+from diffcolor_core.models import Checkpoint
+from diffcolor_core.prompts import NounPhrase
+
+TIMESTEPS = (50, 100, 200)
+"""Noise levels at which cross-attention is read: low ones, where the picture still shows what is where."""
+
+
+class RecordedAttention:
+    """Plain cross-attention that keeps its probabilities: for each call a map [B, cells, tokens], the heads' mean."""
+
+    def __init__(self) -> None:
+        self.maps: list[Tensor] = []
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
+        """Attend as diffusers does; hidden_states [B, cells, C], encoder_hidden_states [B, tokens, D]."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, heads, cells or tokens, width]
+
+        q, k = heads(attn.to_q(hidden_states)), heads(attn.to_k(encoder_hidden_states))
+        weights = (attn.scale * q @ k.mT).softmax(dim=-1)  # [B, heads, cells, tokens]
+        self.maps.append(weights.float().mean(dim=1))
+        mixed = (weights @ heads(attn.to_v(encoder_hidden_states))).transpose(1, 2).flatten(2)
+        return attn.to_out[0](mixed)
+
+
+@contextmanager
+def recorded_attention(unet: UNet2DConditionModel) -> Iterator[RecordedAttention]:
+    """Record every cross-attention of `unet` inside the block. Its own processors are put back afterwards."""
+    recorder, before = RecordedAttention(), {}
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            before[module] = module.processor
+            module.set_processor(recorder)
+    try:
+        yield recorder
+    finally:
+        for module, processor in before.items():
+            module.set_processor(processor)
+
+
+@torch.no_grad()
+def phrase_regions(
+    checkpoint: Checkpoint,
+    lightness: Tensor,
+    prompt: str,
+    phrases: Sequence[NounPhrase],
+    generator: torch.Generator,
+) -> Tensor:
+    """Which part of the gray picture each noun phrase of the prompt names: [P, h, w], summing to 1 over P.
+
+    lightness: [1, h, w], 0..100. The base UNet sees the gray picture with a little noise; a cell belongs to the
+    phrases by how much it attends to their nouns. The shares are then brought to [h, w] along the picture's edges.
+    """
+    positions = checkpoint.token_positions(prompt, [(phrase.noun_start, phrase.end) for phrase in phrases])
+    embeds = checkpoint.encode_prompts([prompt])
+    z = checkpoint.encode(gray_input(lightness)[None].to(checkpoint.device))  # [1, C, h/f, w/f]
+    eps = torch.randn((len(TIMESTEPS), *z.shape[1:]), generator=generator).to(z)
+    t = torch.tensor(TIMESTEPS, device=z.device)
+    with recorded_attention(checkpoint.unet) as recorder:
+        z_t = add_noise(checkpoint.scheduler, z.expand_as(eps), eps, t)
+        checkpoint.predict(checkpoint.unet, z_t, t, embeds.expand(len(t), -1, -1))
+    height, width = z.shape[-2:]
+    heat = torch.zeros(len(phrases), height, width)
+    for attention in recorder.maps:
+        reduction = round((height * width / attention.shape[1]) ** 0.5)
+        if reduction > 2:  # cells of the coarsest layers are as large as the things to tell apart
+            continue
+        grid = attention.mean(dim=0).T.unflatten(1, (-(-height // reduction), -(-width // reduction))).cpu()
+        nouns = torch.stack([grid[list(tokens)].mean(dim=0) for tokens in positions])  # [P, rows, columns]
+        heat += F.interpolate(nouns[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    share = (heat / heat.sum(dim=0).clamp(min=1e-12)) ** 4  # sharpened: the strongest noun takes most of a cell
+    share = share / share.sum(dim=0).clamp(min=1e-12)
+    rows = slice(0, lightness.shape[-2])
+    small_guide = F.adaptive_avg_pool2d(lightness, (height, width))
+    full = upsample_guided(share, small_guide, lightness, rows, lightness.shape[-2])
+    return full / full.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class RegionalPrompts:
+    """Several prompts for one picture, each for its own part of it.
+
+    owners: [R], the index of the picture that each row of prompt_embeds is for. masks: [R, h, w] at any size;
+    those of one picture sum to 1.
+    """
+
+    owners: Tensor
+    masks: Tensor
+
+    @property
+    def num_pictures(self) -> int:
+        """How many pictures the rows make."""
+        return int(self.owners.max()) + 1
+
+    def predict(self, predict: Predict, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """`predict` for every row, joined by the masks into one raw output for every picture.
+
+        z_t: [B, C, h, w], one latent for each picture. For guidance as many unconditional ones may stand before
+        them, with as many rows of prompt_embeds before the others.
+        """
+        plain = len(prompt_embeds) - len(self.owners)
+        rows = torch.cat((torch.arange(plain), plain + self.owners)).to(z_t.device)
+        shares = F.interpolate(self.masks[:, None], size=z_t.shape[-2:], mode="area").to(z_t)  # [R, 1, h, w]
+        shares = torch.cat((torch.ones_like(shares[:1]).expand(plain, -1, -1, -1), shares))
+        outputs = predict(z_t[rows], t[rows], prompt_embeds)
+        return torch.zeros_like(z_t).index_add(0, rows, outputs * shares)

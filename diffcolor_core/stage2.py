@@ -1,0 +1,321 @@
+"""Stage 2 of the paper, in-context controllable colorization: equations (5) to (7).
+
+Symbols as in `docs/method.md`:
+
+    x^_pri   the primary: chroma beside the scan's lightness    z, z_t, eps, t  latent, noised latent, noise, time
+    c, c'    context prompt, the same with identifiers          c^              target prompt
+    T(c)     checkpoint.encode_prompts([c])                     e_opt, theta    what (5) and (6) find
+    x_fin    `chroma` of a Recoloring beside the scan's lightness
+
+[P] marks what is the paper's, [A] its author's prototype's, [O] ours. Steps 1 to 3 are done once for a photograph
+(`fit_in_context`), steps 4 and 5 for every target prompt (`recolor`), without any fine-tuning.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from diffcolor_core.adapters import trainable_copy
+from diffcolor_core.alignment import align_chroma
+from diffcolor_core.color import lock_luminance
+from diffcolor_core.color_terms import (
+    ColoredPhrase,
+    ColorReport,
+    colored_phrases,
+    report,
+    with_color_alone,
+    without_colors,
+)
+from diffcolor_core.config import Settings
+from diffcolor_core.diffusion import add_noise, training_target
+from diffcolor_core.fits import Fit
+from diffcolor_core.models import Checkpoint, pad_embeds
+from diffcolor_core.progress import Progress
+from diffcolor_core.prompts import noun_phrases
+from diffcolor_core.regions import RegionalPrompts, phrase_regions
+from diffcolor_core.sampling import generate
+
+MAX_BATCH = 8
+"""Pictures that are generated at a time."""
+
+
+# ------------------------------------------------------------------ steps 1 to 3, once for a photograph
+
+
+@dataclass(frozen=True)
+class InContextFit:
+    """What steps 1 to 3 give: c', e_opt [1, tokens, width], a frozen UNet with theta, and the losses of each step."""
+
+    rewritten_prompt: str
+    prompt_embeds: Tensor
+    unet: UNet2DConditionModel
+    losses: dict[str, list[float]]
+
+
+def fit_in_context(
+    checkpoint: Checkpoint,
+    lightness: Tensor,
+    chroma: Tensor,
+    context_prompt: str,
+    settings: Settings,
+    generator: torch.Generator,
+    progress: Progress,
+) -> InContextFit:
+    """Fit an embedding and a copy of the base UNet to the primary x^_pri.
+
+    lightness: [1, h, w], the scan's. chroma: [2, h, w], the primary's. The checkpoint's own weights are not
+    changed. Raises ValueError for a prompt with more noun phrases than there are identifiers.
+    """
+    stage2 = settings.stage2
+    z = checkpoint.encode(lock_luminance(chroma, lightness)[None].to(checkpoint.device) * 2 - 1)  # [1, C, h/f, w/f]
+
+    # 1. c' from c: one identifier for every noun phrase
+    rewritten = context_prompt
+    if stage2.use_identifiers:
+        used = set(context_prompt.lower().split())
+        tokens = [token for token in rare_tokens(checkpoint.tokenizer, 100) if token not in used]
+        rewritten = insert_identifiers(context_prompt, tokens)
+
+    # 2. (5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen
+    e_opt = checkpoint.encode_prompts([rewritten]).requires_grad_(True)
+    embedding_losses = minimise(
+        lambda: reconstruction_loss(checkpoint, checkpoint.unet, z, e_opt, settings.batch_size, generator),
+        [e_opt],
+        stage2.embedding_learning_rate,
+        stage2.embedding_steps,
+        partial(progress, "stage 2, embedding"),
+    )
+    e_opt.requires_grad_(False)
+
+    # 3. (6) theta = argmin E ||eps - eps_theta(z_t, t, e_opt)||^2, from the base UNet, not from stage 1's [O]
+    unet = trainable_copy(checkpoint.unet, stage2.adapter_rank, generator)
+    model_losses = minimise(
+        lambda: reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generator),
+        [p for p in unet.parameters() if p.requires_grad],
+        stage2.model_learning_rate,
+        stage2.model_steps,
+        partial(progress, "stage 2, model"),
+    )
+    unet.requires_grad_(False)
+    return InContextFit(rewritten, e_opt.cpu(), unet, {"embedding": embedding_losses, "model": model_losses})
+
+
+def rare_tokens(tokenizer: CLIPTokenizer, count: int) -> list[str]:
+    """Up to `count` identifiers: words of 2 to 4 letters that are one token each, the rarest first.
+
+    A byte-pair vocabulary learns the most frequent pieces first, so the highest token ids are the rarest.
+    Identifiers may be English words: they need to be rare, not meaningless.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1])
+    words = (piece.removesuffix("</w>") for piece, _ in vocabulary if piece.endswith("</w>"))
+    return [word for word in words if 2 <= len(word) <= 4 and word.isascii() and word.isalpha()][:count]
+
+
+def insert_identifiers(prompt: str, identifiers: Sequence[str]) -> str:
+    """c' from c [P]: an identifier before every noun phrase, after its article.
+
+    "A dog on a wooden bench" becomes "A sks dog on a ktn wooden bench". Raises ValueError if there are more
+    noun phrases than identifiers.
+    """
+    phrases = noun_phrases(prompt)
+    if len(phrases) > len(identifiers):
+        raise ValueError(
+            f"the prompt has {len(phrases)} noun phrases, but there are only {len(identifiers)} identifiers: "
+            "shorten the prompt"
+        )
+    pieces, last = [], 0
+    for phrase, identifier in zip(phrases, identifiers, strict=False):
+        pieces += [prompt[last : phrase.start], identifier, " "]
+        last = phrase.start
+    return "".join([*pieces, prompt[last:]])
+
+
+def reconstruction_loss(
+    checkpoint: Checkpoint,
+    unet: UNet2DConditionModel,
+    z: Tensor,
+    prompt_embeds: Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """||eps - eps_theta(z_t, t, e)||^2, the mean over `batch_size` draws of t and eps: the loss of (5) and (6)."""
+    t = torch.randint(len(checkpoint.scheduler.alphas_cumprod), (batch_size,), generator=generator).to(z.device)
+    eps = torch.randn((batch_size, *z.shape[1:]), generator=generator).to(z)
+    z = z.expand_as(eps)
+    z_t = add_noise(checkpoint.scheduler, z, eps, t)
+    output = checkpoint.predict(unet, z_t, t, prompt_embeds.expand(batch_size, -1, -1))
+    return F.mse_loss(output, training_target(checkpoint.scheduler, z, eps, t))
+
+
+def minimise(
+    loss_of: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    learning_rate: float,
+    num_steps: int,
+    progress: Callable[[int, int], None],
+) -> list[float]:
+    """Take `num_steps` of Adam on the parameters. Returns the loss before each."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    losses = []
+    for step in range(num_steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        progress(step + 1, num_steps)
+    return losses
+
+
+# ------------------------------------------------------------------ steps 4 and 5, for every target prompt
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A fit whose weights are in a UNet. regions: `phrase_regions` of prompts so far, by colourless prompt."""
+
+    fit: Fit
+    unet: UNet2DConditionModel
+    regions: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recoloring:
+    """What steps 4 and 5 give for one prompt, at working size.
+
+    chroma: x_fin, [2, h, w]. generated: the picture before alignment, L*a*b* [3, h, w]. nouns: whether each
+    noun got the colour that the prompt gives it.
+    """
+
+    chroma: Tensor
+    generated: Tensor
+    nouns: tuple[ColorReport, ...]
+
+
+def recolor(
+    checkpoint: Checkpoint,
+    fitted: FittedModel,
+    prompts: Sequence[str],
+    alpha: float,
+    base_chroma: Tensor,
+    base_prompt: str,
+) -> list[Recoloring]:
+    """Colour a fitted photograph as each prompt says.
+
+    base_chroma: [2, h, w], the colours to start from: the primary's, or those of an earlier recolouring.
+    base_prompt: the prompt that they belong to; it tells which colour words are new.
+    """
+    fit, settings = fitted.fit, fitted.fit.settings
+    assert fit.prompt_embeds is not None  # a fit without stage 2 has no weights for a FittedModel
+    all_phrases = [colored_phrases(prompt, base_prompt) for prompt in prompts]
+
+    # 4. e(alpha), equation (7): for each prompt the embeds that make its picture, and the part of it that each makes
+    e_opt, e_empty = fit.prompt_embeds.to(checkpoint.device), checkpoint.encode_prompts([""])
+    jobs = [
+        [
+            (interpolate(e_opt, checkpoint.encode_prompts([text]), e_empty, alpha), mask)
+            for text, mask in _parts(checkpoint, fitted, prompt, phrases)
+        ]
+        for prompt, phrases in zip(prompts, all_phrases, strict=True)
+    ]
+
+    # 5. Generate from the forward-diffused latent of the base picture, align, keep what must not change
+    z = checkpoint.encode(lock_luminance(base_chroma, fit.lightness)[None].to(checkpoint.device) * 2 - 1)
+    negative_prompt = without_colors(fit.context_prompt) if settings.stage2.negative_context else ""
+    pictures: list[Tensor] = []
+    for start in range(0, len(jobs), MAX_BATCH):
+        batch = jobs[start : start + MAX_BATCH]
+        num_tokens = max(e.shape[1] for job in batch for e, _ in job)
+        owners = torch.tensor([index for index, job in enumerate(batch) for _ in job])
+        pictures += generate(
+            checkpoint,
+            fitted.unet,
+            z,
+            torch.cat([pad_embeds(e, e_empty, num_tokens) for job in batch for e, _ in job]),
+            fit.lightness,
+            settings.sampling,
+            torch.Generator().manual_seed(fit.seed),
+            negative_prompt=negative_prompt,
+            regional=RegionalPrompts(owners, torch.stack([mask for job in batch for _, mask in job])),
+        )
+    results = []
+    for prompt, phrases, generated in zip(prompts, all_phrases, pictures, strict=True):
+        noise = torch.Generator().manual_seed(fit.seed)
+        chroma = align_chroma(checkpoint, fit.lightness, generated, settings.alignment, noise)
+        if settings.stage2.keep_unchanged:
+            chroma = _keep_unchanged(checkpoint, fitted, chroma, base_chroma, prompt, phrases)
+        nouns: tuple[ColorReport, ...] = ()
+        if any(phrase.color is not None for phrase in phrases):
+            lab = torch.cat((fit.lightness, chroma))
+            nouns = tuple(report(phrases, _regions(checkpoint, fitted, prompt, phrases), lab))
+        results.append(Recoloring(chroma, generated, nouns))
+    return results
+
+
+def interpolate(e_opt: Tensor, e_target: Tensor, e_empty: Tensor, alpha: float) -> Tensor:
+    """(7) e(alpha) = (1 - alpha) e_opt + alpha T(c^).
+
+    e_opt: [1, tokens, width]. e_target: [B, tokens', width]. e_empty: [1, one chunk, width], the empty prompt's
+    embeds, with which the one that has fewer chunks is padded.
+    """
+    num_tokens = max(e_opt.shape[1], e_target.shape[1])
+    return (1 - alpha) * pad_embeds(e_opt, e_empty, num_tokens) + alpha * pad_embeds(e_target, e_empty, num_tokens)
+
+
+def _parts(
+    checkpoint: Checkpoint, fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase]
+) -> list[tuple[str, Tensor]]:
+    """The prompts that make one picture, each with the part of it [h, w] that it makes; their parts sum to 1.
+
+    With regional prompts [O] there is one for each colour of the prompt, in which that colour alone is named. It
+    makes the regions of the nouns with that colour. Nouns without a colour share the whole prompt.
+    """
+    colors = [phrase.color for phrase in phrases]
+    if not fitted.fit.settings.stage2.regional_prompts or len({*colors} - {None}) < 2:
+        return [(prompt, torch.ones(fitted.fit.lightness.shape[-2:]))]
+    regions = _regions(checkpoint, fitted, prompt, phrases)
+    return [
+        (
+            prompt if color is None else with_color_alone(prompt, phrases, color),
+            regions[[other == color for other in colors]].sum(dim=0),
+        )
+        for color in dict.fromkeys(colors)
+    ]
+
+
+def _keep_unchanged(
+    checkpoint: Checkpoint,
+    fitted: FittedModel,
+    chroma: Tensor,
+    base_chroma: Tensor,
+    prompt: str,
+    phrases: Sequence[ColoredPhrase],
+) -> Tensor:
+    """The new chroma in the regions of nouns whose colour word changed, the base's everywhere else [O]."""
+    changed = [phrase.changed for phrase in phrases]
+    if all(changed):  # or no nouns at all: then the whole picture may change
+        return chroma
+    inside = _regions(checkpoint, fitted, prompt, phrases)[changed].sum(dim=0)
+    return inside * chroma + (1 - inside) * base_chroma
+
+
+def _regions(checkpoint: Checkpoint, fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase]) -> Tensor:
+    """Where each noun phrase of the prompt is: [P, h, w].
+
+    They are looked for under the prompt without its colour words. Those say nothing about a gray picture, and
+    prompts that differ in colours alone then share the answer.
+    """
+    plain = with_color_alone(prompt, phrases, None)
+    places = noun_phrases(plain)
+    if [place.noun for place in places] != [phrase.phrase.noun for phrase in phrases]:
+        plain, places = prompt, [phrase.phrase for phrase in phrases]  # the tagger reads it otherwise without colours
+    if plain not in fitted.regions:
+        noise = torch.Generator().manual_seed(fitted.fit.seed)
+        fitted.regions[plain] = phrase_regions(checkpoint, fitted.fit.lightness, plain, places, noise)
+    return fitted.regions[plain]
