@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffcolor_core.prior import contrastive_loss
 from PIL import Image
 
 from diffcolor_core import DiffColor, DivergedError, Settings, preset, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.models import weights_sha256
-from diffcolor_core.prior import contrastive_loss
 from tests.conftest import gray_picture
 
 QUICK = Settings(

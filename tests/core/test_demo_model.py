@@ -10,14 +10,14 @@ from safetensors import safe_open
 
 from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
-from diffcolor_core.regions import phrase_regions
 from diffcolor_core.color import lightness_of, lock_luminance
 from diffcolor_core.config import preset
 from diffcolor_core.demo.evaluate import asked_colors, draw_pictures, region_colors, without_fit
 from diffcolor_core.demo.scenes import caption, draw_scene, recolored, render
-from diffcolor_core.stage2 import reconstruction_loss
 from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
 from diffcolor_core.prompts import noun_phrases
+from diffcolor_core.regions import phrase_regions
+from diffcolor_core.stage2 import reconstruction_loss
 
 
 def scenes(count: int):

@@ -26,10 +26,11 @@ def numbers(tensor: torch.Tensor) -> list[float]:
 
 
 def stage1(folder: Path) -> dict[str, list[float]]:
+    from diffcolor_core.prior import colorize_with_prior
+
     from diffcolor_core.config import SamplingSettings, Stage1Settings
     from diffcolor_core.images import gray_input
     from diffcolor_core.models import load_checkpoint
-    from diffcolor_core.prior import colorize_with_prior
 
     result = colorize_with_prior(
         load_checkpoint(str(folder)),
@@ -48,9 +49,9 @@ def stage1(folder: Path) -> dict[str, list[float]]:
 def stage2(folder: Path) -> dict[str, list[float]]:
     from diffcolor_core.config import SamplingSettings
     from diffcolor_core.images import gray_input
-    from diffcolor_core.stage2 import finetune_model, interpolate, optimise_embedding
     from diffcolor_core.models import load_checkpoint
     from diffcolor_core.sampling import generate
+    from diffcolor_core.stage2 import finetune_model, interpolate, optimise_embedding
 
     checkpoint = load_checkpoint(str(folder))
     generator = torch.Generator().manual_seed(4)
