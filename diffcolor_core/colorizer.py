@@ -120,8 +120,6 @@ class DiffColor:
         chosen = preset(settings) if isinstance(settings, str) else settings
         return cls(load_checkpoint(model, clip=clip, device=device, dtype=dtype, revision=revision), chosen)
 
-    # ------------------------------------------------------------------ fit
-
     def fit(
         self,
         image: Scan | bytes | str | Path,
@@ -163,16 +161,11 @@ class DiffColor:
         middle = time.perf_counter()
         rewritten_prompt = prompt_embeds = unet_state = unet = None
         if not primary_only:
-            in_context = fit_in_context(
+            rewritten_prompt, prompt_embeds, unet, stage2_losses = fit_in_context(
                 self.checkpoint, lightness, chroma, context_prompt, self.settings, generator, progress
             )
-            rewritten_prompt, prompt_embeds, unet = (
-                in_context.rewritten_prompt,
-                in_context.prompt_embeds,
-                in_context.unet,
-            )
             unet_state = fitted_state(unet, self.settings.stage2.adapter_rank)
-            losses |= in_context.losses
+            losses |= stage2_losses
             _check_finite(prompt_embeds, *unet_state.values())
         fit = Fit(
             scan=scan,
@@ -193,7 +186,7 @@ class DiffColor:
             stage2_seconds=time.perf_counter() - middle,
             generated=generated,
         )
-        self._last_fitted = None if unet is None else FittedModel(fit, unet)
+        self._last_fitted = None if unet is None else FittedModel(self.checkpoint, fit, unet)
         return fit
 
     def load_fit(self, url: str, image: Scan | bytes | str | Path | None = None) -> Fit:
@@ -205,8 +198,6 @@ class DiffColor:
         fit = load_fit(url, scan)
         self._check_model(fit)
         return fit
-
-    # ------------------------------------------------------------------ recolor
 
     @overload
     def recolor(
@@ -239,7 +230,14 @@ class DiffColor:
         prompts = [target_prompt] if isinstance(target_prompt, str) else target_prompt
         alpha = fit.settings.stage2.alpha if alpha is None else alpha
         base_chroma, base_prompt = (fit.primary, fit.context_prompt) if base is None else (base.chroma, base.prompt)
-        recolorings = recolor(self.checkpoint, self._fitted(fit), prompts, alpha, base_chroma, base_prompt)
+        if self._last_fitted is None or self._last_fitted.fit is not fit:
+            self._check_model(fit)
+            if fit.unet_state is None:
+                raise FitError("this fit was made for the primary only (primary_only): fit again for target prompts")
+            self._last_fitted = None  # frees its memory before the next copy is made
+            unet = fitted_unet(self.checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
+            self._last_fitted = FittedModel(self.checkpoint, fit, unet)
+        recolorings = recolor(self._last_fitted, prompts, alpha, base_chroma, base_prompt)
         _check_finite(*(recoloring.chroma for recoloring in recolorings))
         seconds = (time.perf_counter() - start) / max(1, len(prompts))
         results = [
@@ -248,17 +246,6 @@ class DiffColor:
         ]
         return results[0] if isinstance(target_prompt, str) else results
 
-    def _fitted(self, fit: Fit) -> FittedModel:
-        """The fit with its weights in a UNet; the last one is kept. Raises FitError if that cannot be."""
-        if self._last_fitted is None or self._last_fitted.fit is not fit:
-            self._check_model(fit)
-            if fit.unet_state is None:
-                raise FitError("this fit was made for the primary only (primary_only): fit again for target prompts")
-            self._last_fitted = None  # frees its memory before the next copy is made
-            unet = fitted_unet(self.checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
-            self._last_fitted = FittedModel(fit, unet)
-        return self._last_fitted
-
     def _check_model(self, fit: Fit) -> None:
         checkpoint = self.checkpoint
         if fit.model_revision != checkpoint.model_revision:
@@ -266,8 +253,6 @@ class DiffColor:
                 f"this fit belongs to model {fit.model_id} ({fit.model_revision}), not to "
                 f"{checkpoint.model_id} ({checkpoint.model_revision}): fit the picture again"
             )
-
-    # ------------------------------------------------------------------ between the two sizes
 
     def _at_working_size(self, scan: Scan) -> tuple[Tensor, tuple[int, int]]:
         """The scan's lightness at working size [1, h, w], and (height, width) of the part that is picture.

@@ -23,6 +23,12 @@ from diffcolor_core.images import Picture, Scan, assemble
 SCHEMA_VERSION = 2
 """Raised whenever the saved form changes. Fits of another version are refused."""
 _TENSORS, _RECORD = "fit.safetensors", "fit.json"
+_TENSOR_FIELDS = ("lightness", "primary", "prompt_embeds")
+_PLAIN = (
+    *("scan_sha256", "content_px", "context_prompt", "rewritten_prompt", "seed", "model_id", "model_revision"),
+    *("losses", "stage1_seconds", "stage2_seconds"),
+)
+"""Fields that are kept as they are, beside the tensors, in the record."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,8 @@ class Fit:
 
     def provenance(self, prompt: str, run_id: str | None = None) -> Provenance:
         """What to write into a picture that this fit gave for `prompt`."""
-        return Provenance(
-            software=f"DiffColor Archive {__version__}",
-            model=f"{self.model_id} ({self.model_revision})",
-            prompt=prompt,
-            run_id=run_id,
-            seed=self.seed,
-        )
+        model = f"{self.model_id} ({self.model_revision})"
+        return Provenance(f"DiffColor Archive {__version__}", model, prompt, run_id, self.seed)
 
     @cached_property
     def primary_picture(self) -> Picture:
@@ -97,7 +98,7 @@ class Fit:
         if self.prompt_embeds is None or self.unet_state is None:
             raise FitError("this fit was made for the primary only: there is nothing in it that is worth keeping")
         tensors = {f"unet.{name}": tensor for name, tensor in self.unet_state.items()}
-        tensors |= {"lightness": self.lightness, "primary": self.primary, "prompt_embeds": self.prompt_embeds}
+        tensors |= {name: getattr(self, name) for name in _TENSOR_FIELDS}
         if with_scan and self.scan is not None:
             tensors["scan.lightness"] = self.scan.lightness
             if self.scan.alpha is not None:
@@ -106,18 +107,9 @@ class Fit:
         record = {
             "schema_version": SCHEMA_VERSION,
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
-            "scan_sha256": self.scan_sha256,
             "scan": None if self.scan is None else {"bit_depth": self.scan.bit_depth, "mode": self.scan.mode},
-            "content_px": self.content_px,
-            "context_prompt": self.context_prompt,
-            "rewritten_prompt": self.rewritten_prompt,
             "settings": self.settings.model_dump(mode="json"),
-            "seed": self.seed,
-            "model_id": self.model_id,
-            "model_revision": self.model_revision,
-            "losses": self.losses,
-            "stage1_seconds": self.stage1_seconds,
-            "stage2_seconds": self.stage2_seconds,
+            **{name: getattr(self, name) for name in _PLAIN},
         }
         return {_TENSORS: data, _RECORD: (json.dumps(record, indent=1) + "\n").encode()}
 
@@ -156,17 +148,7 @@ def _from_record(record: Mapping[str, Any], tensors: dict[str, Tensor], scan: Sc
     if scan is None and "scan.lightness" in tensors:
         alpha = tensors.get("scan.alpha")
         scan = Scan(tensors["scan.lightness"], None if alpha is None else alpha.numpy(), **record["scan"])
-    height, width = record["content_px"]
-    plain = ("scan_sha256", "context_prompt", "rewritten_prompt", "seed", "model_id", "model_revision", "losses")
-    return Fit(
-        scan=scan,
-        lightness=tensors["lightness"],
-        content_px=(height, width),
-        primary=tensors["primary"],
-        prompt_embeds=tensors["prompt_embeds"],
-        unet_state={k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")},
-        settings=Settings.model_validate(record["settings"]),
-        stage1_seconds=record["stage1_seconds"],
-        stage2_seconds=record["stage2_seconds"],
-        **{name: record[name] for name in plain},
-    )
+    fields: dict[str, Any] = {name: record[name] for name in _PLAIN} | {name: tensors[name] for name in _TENSOR_FIELDS}
+    fields["content_px"] = tuple(record["content_px"])
+    fields["unet_state"] = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+    return Fit(scan=scan, settings=Settings.model_validate(record["settings"]), **fields)

@@ -121,8 +121,6 @@ class Checkpoint:
         """The side of the square pictures that the checkpoint was trained on."""
         return int(self.unet.config.sample_size) * self.vae_factor
 
-    # ---------------------------------------------------------------- latents
-
     def autocast(self) -> torch.autocast:
         """The context in which the networks run. float32 means none."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -145,8 +143,6 @@ class Checkpoint:
             output: Tensor = unet(z_t, t, encoder_hidden_states=prompt_embeds).sample
         return output.float()
 
-    # ---------------------------------------------------------------- text
-
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """T(c): prompts to prompt_embeds [B, chunks x max_length, width].
 
@@ -165,16 +161,8 @@ class Checkpoint:
         """For each part prompt[start:end], the positions of its tokens in `encode_prompts([prompt])`."""
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         room = int(self.tokenizer.model_max_length) - 2  # in a chunk, beside its start and end tokens
-        return [
-            [
-                1 + index + 2 * (index // room)
-                for index, (first, last) in enumerate(encoded.offset_mapping)
-                if first < end and last > start
-            ]
-            for start, end in spans
-        ]
-
-    # ---------------------------------------------------------------- guidance CLIP
+        places = [(1 + i + 2 * (i // room), *span) for i, span in enumerate(encoded.offset_mapping)]
+        return [[place for place, first, last in places if first < end and last > start] for start, end in spans]
 
     @torch.no_grad()
     def clip_text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -198,13 +186,8 @@ class Checkpoint:
         starts = [round(i * (long - short) / max(1, count - 1)) for i in range(count)]
         wide = x.shape[-1] == long
         crops = [x[..., s : s + short] if wide else x[..., s : s + short, :] for s in starts]
-        squares = torch.cat([
-            F.interpolate(crop, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-            for crop in crops
-        ])  # fmt: skip
-        mean, std = (
-            torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.clip_image_mean, self.clip_image_std)
-        )
+        squares = torch.cat([F.interpolate(crop, (side, side), mode="bicubic", antialias=True) for crop in crops])
+        mean, std = torch.tensor((self.clip_image_mean, self.clip_image_std), device=x.device)[:, :, None, None]
         pixels = ((squares.clamp(-1, 1) + 1) / 2 - mean) / std
         with self.autocast():
             features = self.clip.get_image_features(pixel_values=pixels).pooler_output
@@ -223,11 +206,8 @@ def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Tensor]:
     length = int(tokenizer.model_max_length)
     ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     pieces = [ids[i : i + length - 2] for i in range(0, max(1, len(ids)), length - 2)]
-    padded = [
-        [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (length - 2 - len(piece))]
-        for piece in pieces
-    ]
-    return [torch.tensor(row) for row in padded]
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return [torch.tensor([start, *piece, end, *[pad] * (length - 2 - len(piece))]) for piece in pieces]
 
 
 def load_checkpoint(
@@ -251,10 +231,8 @@ def load_checkpoint(
         index: dict[str, Any] = DiffusionPipeline.load_config(source, revision=commit)
         kind = index.get("_class_name", "a checkpoint of no named class")
         if kind != "StableDiffusionPipeline":
-            raise ModelError(
-                f"{model!r} is {kind}: only StableDiffusionPipeline checkpoints are served (Stable Diffusion 1.x "
-                "and 2.x). SDXL and later need a second text encoder and picture sizes."
-            )
+            known = "only StableDiffusionPipeline checkpoints (Stable Diffusion 1.x and 2.x) are served"
+            raise ModelError(f"{model!r} is {kind}, but {known}: later ones need a second text encoder and more")
         common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "torch_dtype": torch.float32}
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
@@ -263,20 +241,16 @@ def load_checkpoint(
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=commit)
 
-        inner = Path(source, "clip")
-        clip_source, clip_commit = (
-            (str(inner), None) if clip is None and inner.is_dir() else resolve(clip or DEFAULT_CLIP)
-        )
+        inner = str(Path(source, "clip"))
+        clip_source, clip_commit = resolve(clip or (inner if Path(inner).is_dir() else DEFAULT_CLIP))
         clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, **text)
         clip_tokenizer = CLIPTokenizer.from_pretrained(clip_source, revision=clip_commit)
         processor = AutoImageProcessor.from_pretrained(clip_source, revision=clip_commit, backend="pil")
     except OSError as error:
         raise ModelError(f"cannot load {model!r}: {error}") from error
     if unet.config.in_channels != vae.config.latent_channels:
-        raise ModelError(
-            f"{model!r} has a UNet with {unet.config.in_channels} input channels for latents with "
-            f"{vae.config.latent_channels}: inpainting and depth checkpoints are not served"
-        )
+        channels = f"{unet.config.in_channels} input channels for latents with {vae.config.latent_channels}"
+        raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     model_id, model_revision = identify(model, revision)
     device = torch.device(device)
     for module in (vae, unet, text_encoder, clip_model):

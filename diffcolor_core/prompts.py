@@ -15,16 +15,8 @@ from typing import Any
 _MODEL_SHA256 = "99ddc9b14b3fe604b245e2d7a3aef59ab1bdd06b1bae4f4ce74738902e2a0265"
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]")
 _PREPOSITIONS = (
-    "in front of",
-    "on top of",
-    "in back of",
-    "in the middle of",
-    "in the background",
-    "in the foreground",
-    "in the distance",
-    "on the left",
-    "on the right",
-    "on the side of",
+    *("in front of", "on top of", "in back of", "in the middle of", "in the background", "in the foreground"),
+    *("in the distance", "on the left", "on the right", "on the side of"),
 )
 _ADJECTIVE_TAGS = ("AJ", "VVG", "VVN", "ORD")
 _NOUN_TAGS = ("NN", "NP")
@@ -85,15 +77,7 @@ def noun_phrases(prompt: str) -> list[NounPhrase]:
         while first < nouns and tags[first].startswith(("VV", "CJ")):
             first += 1  # a verb or a conjunction cannot open a phrase
         start, end = places[first].start(), places[i - 1].end()
-        phrases.append(
-            NounPhrase(
-                start=start,
-                noun_start=places[i - 1].start(),
-                end=end,
-                text=prompt[start:end],
-                noun=words[i - 1].lower(),
-            )
-        )
+        phrases.append(NounPhrase(start, places[i - 1].start(), end, prompt[start:end], words[i - 1].lower()))
     return phrases
 
 

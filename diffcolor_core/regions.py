@@ -106,11 +106,6 @@ class RegionalPrompts:
     owners: Tensor
     masks: Tensor
 
-    @property
-    def num_pictures(self) -> int:
-        """How many pictures the rows make."""
-        return int(self.owners.max()) + 1
-
     def predict(self, predict: Predict, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """`predict` for every row, joined by the masks into one raw output for every picture.
 

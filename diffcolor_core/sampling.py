@@ -40,7 +40,7 @@ def generate(
     eps = torch.randn(z.shape, generator=generator).to(z)
     z_t = add_noise(checkpoint.scheduler, z, eps, timesteps[:1].to(z.device))  # z_T
     predict = partial(checkpoint.predict, unet)
-    num_pictures = len(prompt_embeds) if regional is None else regional.num_pictures
+    num_pictures = len(prompt_embeds) if regional is None else int(regional.owners.max()) + 1
     e_empty, e_negative = checkpoint.encode_prompts([""]), checkpoint.encode_prompts([negative_prompt])
     num_tokens = max(e_negative.shape[1], prompt_embeds.shape[1])
     z_0 = ddim_sample(

@@ -14,6 +14,7 @@ Symbols as in `docs/method.md`:
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -48,8 +49,7 @@ MAX_BATCH = 8
 # ------------------------------------------------------------------ steps 1 to 3, once for a photograph
 
 
-@dataclass(frozen=True)
-class InContextFit:
+class InContextFit(NamedTuple):
     """What steps 1 to 3 give: c', e_opt [1, tokens, width], a frozen UNet with theta, and the losses of each step."""
 
     rewritten_prompt: str
@@ -178,11 +178,27 @@ def minimise(
 
 @dataclass(frozen=True)
 class FittedModel:
-    """A fit whose weights are in a UNet. regions: `phrase_regions` of prompts so far, by colourless prompt."""
+    """A fit whose weights are in a UNet, ready for any number of prompts."""
 
+    checkpoint: Checkpoint
     fit: Fit
     unet: UNet2DConditionModel
-    regions: dict[str, Tensor] = field(default_factory=dict)
+    _found: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def regions(self, prompt: str, phrases: Sequence[ColoredPhrase]) -> Tensor:
+        """Where each noun phrase of the prompt is: [P, h, w], summing to 1 over P [O].
+
+        They are looked for under the prompt without its colour words. Those say nothing about a gray picture, and
+        prompts that differ in colours alone then share the answer.
+        """
+        plain = with_color_alone(prompt, phrases, None)
+        places = noun_phrases(plain)
+        if [place.noun for place in places] != [phrase.phrase.noun for phrase in phrases]:
+            plain, places = prompt, [phrase.phrase for phrase in phrases]  # read otherwise without its colours
+        if plain not in self._found:
+            noise = torch.Generator().manual_seed(self.fit.seed)
+            self._found[plain] = phrase_regions(self.checkpoint, self.fit.lightness, plain, places, noise)
+        return self._found[plain]
 
 
 @dataclass(frozen=True)
@@ -199,19 +215,14 @@ class Recoloring:
 
 
 def recolor(
-    checkpoint: Checkpoint,
-    fitted: FittedModel,
-    prompts: Sequence[str],
-    alpha: float,
-    base_chroma: Tensor,
-    base_prompt: str,
+    fitted: FittedModel, prompts: Sequence[str], alpha: float, base_chroma: Tensor, base_prompt: str
 ) -> list[Recoloring]:
     """Colour a fitted photograph as each prompt says.
 
     base_chroma: [2, h, w], the colours to start from: the primary's, or those of an earlier recolouring.
     base_prompt: the prompt that they belong to; it tells which colour words are new.
     """
-    fit, settings = fitted.fit, fitted.fit.settings
+    checkpoint, fit, settings = fitted.checkpoint, fitted.fit, fitted.fit.settings
     assert fit.prompt_embeds is not None  # a fit without stage 2 has no weights for a FittedModel
     all_phrases = [colored_phrases(prompt, base_prompt) for prompt in prompts]
 
@@ -220,7 +231,7 @@ def recolor(
     jobs = [
         [
             (interpolate(e_opt, checkpoint.encode_prompts([text]), e_empty, alpha), mask)
-            for text, mask in _parts(checkpoint, fitted, prompt, phrases)
+            for text, mask in prompt_parts(fitted, prompt, phrases)
         ]
         for prompt, phrases in zip(prompts, all_phrases, strict=True)
     ]
@@ -232,28 +243,31 @@ def recolor(
     for start in range(0, len(jobs), MAX_BATCH):
         batch = jobs[start : start + MAX_BATCH]
         num_tokens = max(e.shape[1] for job in batch for e, _ in job)
+        e_alpha = torch.cat([pad_embeds(e, e_empty, num_tokens) for job in batch for e, _ in job])
         owners = torch.tensor([index for index, job in enumerate(batch) for _ in job])
+        regional = RegionalPrompts(owners, torch.stack([mask for job in batch for _, mask in job]))
         pictures += generate(
             checkpoint,
             fitted.unet,
             z,
-            torch.cat([pad_embeds(e, e_empty, num_tokens) for job in batch for e, _ in job]),
+            e_alpha,
             fit.lightness,
             settings.sampling,
             torch.Generator().manual_seed(fit.seed),
             negative_prompt=negative_prompt,
-            regional=RegionalPrompts(owners, torch.stack([mask for job in batch for _, mask in job])),
+            regional=regional,
         )
     results = []
     for prompt, phrases, generated in zip(prompts, all_phrases, pictures, strict=True):
         noise = torch.Generator().manual_seed(fit.seed)
         chroma = align_chroma(checkpoint, fit.lightness, generated, settings.alignment, noise)
-        if settings.stage2.keep_unchanged:
-            chroma = _keep_unchanged(checkpoint, fitted, chroma, base_chroma, prompt, phrases)
+        changed = [phrase.changed for phrase in phrases]
+        if settings.stage2.keep_unchanged and not all(changed):  # the regions of changed nouns alone change [O]
+            inside = fitted.regions(prompt, phrases)[changed].sum(dim=0)
+            chroma = inside * chroma + (1 - inside) * base_chroma
         nouns: tuple[ColorReport, ...] = ()
         if any(phrase.color is not None for phrase in phrases):
-            lab = torch.cat((fit.lightness, chroma))
-            nouns = tuple(report(phrases, _regions(checkpoint, fitted, prompt, phrases), lab))
+            nouns = tuple(report(phrases, fitted.regions(prompt, phrases), torch.cat((fit.lightness, chroma))))
         results.append(Recoloring(chroma, generated, nouns))
     return results
 
@@ -268,10 +282,8 @@ def interpolate(e_opt: Tensor, e_target: Tensor, e_empty: Tensor, alpha: float) 
     return (1 - alpha) * pad_embeds(e_opt, e_empty, num_tokens) + alpha * pad_embeds(e_target, e_empty, num_tokens)
 
 
-def _parts(
-    checkpoint: Checkpoint, fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase]
-) -> list[tuple[str, Tensor]]:
-    """The prompts that make one picture, each with the part of it [h, w] that it makes; their parts sum to 1.
+def prompt_parts(fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase]) -> list[tuple[str, Tensor]]:
+    """The prompts that make one picture, each with the part of it that it makes, [h, w]; the parts sum to 1.
 
     With regional prompts [O] there is one for each colour of the prompt, in which that colour alone is named. It
     makes the regions of the nouns with that colour. Nouns without a colour share the whole prompt.
@@ -279,43 +291,9 @@ def _parts(
     colors = [phrase.color for phrase in phrases]
     if not fitted.fit.settings.stage2.regional_prompts or len({*colors} - {None}) < 2:
         return [(prompt, torch.ones(fitted.fit.lightness.shape[-2:]))]
-    regions = _regions(checkpoint, fitted, prompt, phrases)
-    return [
-        (
-            prompt if color is None else with_color_alone(prompt, phrases, color),
-            regions[[other == color for other in colors]].sum(dim=0),
-        )
-        for color in dict.fromkeys(colors)
-    ]
-
-
-def _keep_unchanged(
-    checkpoint: Checkpoint,
-    fitted: FittedModel,
-    chroma: Tensor,
-    base_chroma: Tensor,
-    prompt: str,
-    phrases: Sequence[ColoredPhrase],
-) -> Tensor:
-    """The new chroma in the regions of nouns whose colour word changed, the base's everywhere else [O]."""
-    changed = [phrase.changed for phrase in phrases]
-    if all(changed):  # or no nouns at all: then the whole picture may change
-        return chroma
-    inside = _regions(checkpoint, fitted, prompt, phrases)[changed].sum(dim=0)
-    return inside * chroma + (1 - inside) * base_chroma
-
-
-def _regions(checkpoint: Checkpoint, fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase]) -> Tensor:
-    """Where each noun phrase of the prompt is: [P, h, w].
-
-    They are looked for under the prompt without its colour words. Those say nothing about a gray picture, and
-    prompts that differ in colours alone then share the answer.
-    """
-    plain = with_color_alone(prompt, phrases, None)
-    places = noun_phrases(plain)
-    if [place.noun for place in places] != [phrase.phrase.noun for phrase in phrases]:
-        plain, places = prompt, [phrase.phrase for phrase in phrases]  # the tagger reads it otherwise without colours
-    if plain not in fitted.regions:
-        noise = torch.Generator().manual_seed(fitted.fit.seed)
-        fitted.regions[plain] = phrase_regions(checkpoint, fitted.fit.lightness, plain, places, noise)
-    return fitted.regions[plain]
+    regions = fitted.regions(prompt, phrases)
+    parts = []
+    for color in dict.fromkeys(colors):
+        text = prompt if color is None else with_color_alone(prompt, phrases, color)
+        parts.append((text, regions[[other == color for other in colors]].sum(dim=0)))
+    return parts
