@@ -80,7 +80,7 @@ def test_leakage_counts_the_outside_only():
 def test_every_method_is_a_setting(name):
     derived = METHODS[name].derive(preset("paper"))
     assert METHODS[name].derive(derived) == derived or name.endswith("-steps")
-    opposite = {"adapter_rank": 2, "use_identifiers": True, "keep_unchanged": False, "alphas": (0.5,)}
+    opposite = {"adapter_rank": 2, "use_identifiers": True, "keep_unchanged": False, "alpha": 0.5}
     other = preset("demo").model_copy(update={"stage2": preset("demo").stage2.model_copy(update=opposite)})
     off = other.model_copy(update={"stage1": other.stage1.model_copy(update={"enabled": False})})
     on = preset("demo").model_copy(
