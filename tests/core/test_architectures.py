@@ -15,7 +15,7 @@ def test_stable_diffusion_goes_through(tmp_path, version, kind, side):
     assert pipe.checkpoint.native_size_px == side
     assert pipe.checkpoint.vae_factor == 8
     assert pipe.settings.stage1.num_steps == 1500  # not our demo model: the paper's preset
-    stage2 = QUICK.stage2.model_copy(update={"adapter_rank": 4, "alphas": (1.0, 1.2), "keep_unchanged": True})
+    stage2 = QUICK.stage2.model_copy(update={"adapter_rank": 4, "keep_unchanged": True})
     pipe.settings = QUICK.model_copy(update={"working_size_px": 128, "stage2": stage2})
     fit = pipe.fit(scan_bytes(90, 130), CONTEXT)
     result = pipe.recolor(fit, TARGET)

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -32,16 +34,16 @@ def test_neutral_has_no_chroma_and_its_own_lightness(value):
     lab = color.srgb_to_lab(pixel(value, value, value))
     assert abs(float(lab[1])) < 1e-9
     assert abs(float(lab[2])) < 1e-9
-    gray = color.lightness_to_gray(color.lightness(pixel(value, value, value)))
+    gray = color.lightness_to_gray(color.lightness_of(pixel(value, value, value)))
     assert float(gray) == pytest.approx(value, abs=1e-9)
 
 
 @settings(max_examples=200)
 @given(st.floats(0, 100), st.floats(-150, 150), st.floats(-150, 150))
-def test_gamut_costs_chroma_only(l_star, a, b):
-    lab = pixel(l_star, a, b)
+def test_gamut_costs_chroma_only(lightness, a, b):
+    lab = pixel(lightness, a, b)
     fitted = color.fit_gamut(lab)
-    assert float(fitted[0]) == l_star
+    assert float(fitted[0]) == lightness
     assert float(fitted[1]) * b == pytest.approx(float(fitted[2]) * a, abs=1e-6)  # the same hue
     rgb = color.lab_to_srgb(fitted)
     assert float(rgb.min()) > -1e-4
@@ -58,7 +60,20 @@ def test_gamut_keeps_as_much_chroma_as_fits():
 
 def test_luminance_lock_is_exact_in_floating_point():
     generator = torch.Generator().manual_seed(1)
-    l_star = torch.rand(1, 32, 32, dtype=torch.float64, generator=generator) * 100
+    lightness = torch.rand(1, 32, 32, dtype=torch.float64, generator=generator) * 100
     chroma = torch.randn(2, 32, 32, dtype=torch.float64, generator=generator) * 60
-    locked = color.lock_luminance(chroma, l_star)
-    assert float((color.lightness(locked) - l_star).abs().max()) < 1e-3
+    locked = color.lock_luminance(chroma, lightness)
+    assert float((color.lightness_of(locked) - lightness).abs().max()) < 1e-3
+
+
+def test_a_networks_picture_is_clipped_before_its_colours_are_read():
+    x = torch.tensor([-1.0, 1.5, 0.0]).view(3, 1, 1)
+    torch.testing.assert_close(color.x_to_lab(x), color.srgb_to_lab(torch.tensor([0.0, 1.0, 0.5]).view(3, 1, 1)))
+
+
+@pytest.mark.parametrize("rgb", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
+def test_the_corners_of_srgb_have_the_largest_chroma(rgb):
+    lightness, a, b = color.srgb_to_lab(pixel(*rgb)).flatten().tolist()
+    hue = math.degrees(math.atan2(b, a))
+    assert color.max_chroma(lightness, hue) == pytest.approx(math.hypot(a, b), abs=0.1)
+    assert color.max_chroma(0.0, hue) == pytest.approx(0, abs=0.1)

@@ -1,3 +1,4 @@
+import hashlib
 import io
 from dataclasses import replace
 from itertools import count
@@ -6,12 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffcolor_core.prior import contrastive_loss
 from PIL import Image
 
-from diffcolor_core import DiffColor, DivergedError, Settings, preset, read_picture
+from diffcolor_core import DiffColor, DivergedError, FitError, Settings, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
-from diffcolor_core.models import weights_sha256
 from support.pictures import gray_picture
 
 QUICK = Settings(
@@ -27,6 +26,14 @@ def scan_bytes(height: int = 40, width: int = 56) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(gray_picture(height, width)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Hash over the names and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,8 @@ def test_base_weights_are_untouched(pipe):
     pipe.recolor(fitted, TARGET)
     assert [weights_sha256(part) for part in parts] == before
     base = pipe.checkpoint.unet.state_dict()
-    assert any(not torch.equal(fitted.unet_state[name], tensor) for name, tensor in base.items())
+    unchanged = [name for name, tensor in base.items() if torch.equal(fitted.unet_state[name], tensor)]
+    assert unchanged == []  # a step of Adam moves every weight that has a gradient
 
 
 def test_same_seed_same_bytes(pipe, fit):
@@ -55,14 +63,14 @@ def test_same_seed_same_bytes(pipe, fit):
     assert one.image.encode_png() == two.image.encode_png()
     assert one.primary.encode_png() == two.primary.encode_png()
     other = pipe.recolor(pipe.fit(scan_bytes(), CONTEXT, seed=6), TARGET)
-    assert other.image.encode_png() != one.image.encode_png()
+    assert float((other.chroma - one.chroma).abs().mean()) > 0.1  # another noise, another picture
 
 
 def test_recolouring_depends_on_the_prompt_not_on_what_was_asked_before(pipe, fit):
-    first = pipe.recolor(fit, TARGET).image.encode_png()
-    assert pipe.recolor(fit, "a green ball on a yellow table").image.encode_png() != first
-    assert pipe.recolor(fit, TARGET).image.encode_png() == first
-    assert pipe.recolor(fit, TARGET, alpha=0.2).image.encode_png() != first
+    first = pipe.recolor(fit, TARGET)
+    between = pipe.recolor(fit, "a green ball on a yellow table", alpha=0.2)
+    assert (between.alpha, first.alpha) == (0.2, QUICK.stage2.alpha)
+    assert pipe.recolor(fit, TARGET).image.encode_png() == first.image.encode_png()
 
 
 def test_recolouring_trains_nothing(pipe, fit, monkeypatch):
@@ -72,7 +80,7 @@ def test_recolouring_trains_nothing(pipe, fit, monkeypatch):
 
 def test_without_a_target_the_result_is_the_primary(pipe, fit):
     result = pipe.recolor(fit)
-    assert result.alpha is None
+    assert (result.alpha, result.nouns, result.target_prompt) == (None, (), None)
     np.testing.assert_array_equal(result.image.pixels, result.primary.pixels)
     assert result.prompt == CONTEXT
 
@@ -118,15 +126,6 @@ def test_several_prompts_in_one_call_are_what_they_are_alone(pipe, fit):
         assert np.abs(difference).max() <= 1  # batched sums may round otherwise
 
 
-def test_of_several_alphas_the_best_score_is_kept(pipe):
-    settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"alphas": (0.5, 1.0, 1.5)})})
-    several = DiffColor(pipe.checkpoint, settings)
-    result = several.recolor(several.fit(scan_bytes(), CONTEXT), TARGET)
-    assert set(result.alpha_scores) == {0.5, 1.0, 1.5}
-    assert result.alpha_scores[result.alpha] == max(result.alpha_scores.values())
-    assert [(noun.noun, noun.color) for noun in result.nouns] == [("ball", "red"), ("table", "blue")]
-
-
 def test_unchanged_nouns_keep_their_colour(pipe):
     """With keep_unchanged, a target that changes nothing gives the picture that was there."""
     settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"keep_unchanged": True})})
@@ -135,7 +134,7 @@ def test_unchanged_nouns_keep_their_colour(pipe):
     same = keeping.recolor(fit, "a red ball on a blue table")
     np.testing.assert_allclose(same.image.pixels, fit.primary_picture.pixels, atol=1)
     edited = keeping.recolor(fit, "a green ball on a blue table")
-    assert (edited.image.pixels != same.image.pixels).any()
+    assert not torch.equal(edited.chroma, same.chroma)
     again = keeping.recolor(fit, "a green ball on a blue table", base=edited)
     np.testing.assert_allclose(again.image.pixels, edited.image.pixels, atol=1)
 
@@ -157,47 +156,14 @@ def test_without_stage_1_the_gray_picture_is_the_primary(pipe):
     settings = QUICK.model_copy(update={"stage1": Stage1Settings(enabled=False)})
     fit = DiffColor(pipe.checkpoint, settings).fit(scan_bytes(), CONTEXT)
     assert np.ptp(fit.primary_picture.pixels, axis=-1).max() <= 1
-
-
-def test_regional_prompts_give_each_noun_its_own_colour(pipe):
-    settings = QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update={"regional_prompts": True})})
-    regional = DiffColor(pipe.checkpoint, settings)
-    fit = regional.fit(scan_bytes(), CONTEXT)
-    whole = pipe.recolor(replace(fit, settings=QUICK), TARGET).image.pixels
-    assert (regional.recolor(fit, TARGET).image.pixels != whole).any()
-    # With one colour there is nothing to keep apart: the plain prompt's picture.
-    one_color = "a red ball on a red table"
-    plain = pipe.fit(scan_bytes(), CONTEXT)
-    np.testing.assert_array_equal(
-        regional.recolor(fit, one_color).image.pixels, pipe.recolor(plain, one_color).image.pixels
-    )
-
-
-def test_a_phrase_is_exaggerated_alone():
-    from diffcolor_core.stage2 import exaggerate
-
-    e, empty = torch.randn(1, 6, 4), torch.randn(1, 3, 4)
-    neutral = torch.cat((empty, empty), dim=1)
-    weighted = exaggerate(e, empty, [1, 4], 3.0)
-    torch.testing.assert_close(weighted - neutral, (e - neutral) * torch.tensor([1, 3, 1, 1, 3, 1.0])[None, :, None])
-
-
-@pytest.mark.parametrize("change", [{"negative_context": True}, {"word_weights": (3.0,)}])
-def test_the_other_ways_to_steer_change_the_picture(pipe, fit, change, monkeypatch):
-    from diffcolor_core.painter import Painter
-
-    steered = replace(fit, settings=QUICK.model_copy(update={"stage2": QUICK.stage2.model_copy(update=change)}))
-    later_wins = count()
-    monkeypatch.setattr(Painter, "_score", lambda *_: float(next(later_wins)))
-    pictures = [pipe.recolor(f, "a red ball on a blue table").generated for f in (fit, steered)]
-    assert not torch.equal(*pictures)
+    assert fit.generated is None
 
 
 def test_the_time_of_a_batch_is_shared_by_its_results(pipe, fit, monkeypatch):
     ticks = count()
     monkeypatch.setattr("diffcolor_core.colorizer.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     results = pipe.recolor(fit, [TARGET, "a green ball on a table"])
-    assert [result.sampling_seconds for result in results] == [1.5, 1.5]  # half of the batch's tick, and its own
+    assert [result.sampling_seconds for result in results] == [0.5, 0.5]  # half of the call's tick
 
 
 def test_adapters_train_and_leave_the_base_alone(pipe):
@@ -220,9 +186,10 @@ def test_a_fit_that_diverges_is_no_fit(pipe):
         wild.fit(scan_bytes(), "a ball on a table")
 
 
-def test_colours_that_are_not_finite_are_no_picture(fit):
+def test_colours_that_are_not_finite_are_no_picture(pipe, fit):
+    broken = replace(fit, prompt_embeds=fit.prompt_embeds * float("nan"))
     with pytest.raises(DivergedError):
-        fit.assemble(fit.primary * float("nan"))
+        pipe.recolor(broken, TARGET, alpha=0.5)
 
 
 def test_an_empty_prompt_is_refused(pipe):
@@ -236,48 +203,35 @@ def test_progress_is_told_to_the_end(pipe):
     assert seen == {"stage 1": (3, 3), "stage 2, embedding": (3, 3), "stage 2, model": (3, 3)}
 
 
-def test_contrastive_loss_is_equation_1():
-    image, positive, negatives = (
-        torch.nn.functional.normalize(torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), dim=-1)
-        for n in (3, 1, 4)
-    )
-    tau = 0.2
-    by_hand = []
-    for row in image:
-        up = torch.exp(row @ positive[0] / tau)
-        by_hand.append(-torch.log(up / (up + sum(torch.exp(row @ n / tau) for n in negatives))))
-    torch.testing.assert_close(contrastive_loss(image, positive, negatives, tau), torch.stack(by_hand).mean())
+def test_a_fit_for_the_primary_alone_does_no_stage_2(pipe, fit, monkeypatch, tmp_path):
+    monkeypatch.setattr("diffcolor_core.colorizer.fit_in_context", lambda *_: pytest.fail("stage 2"))
+    short = pipe.fit(scan_bytes(), CONTEXT, seed=5, primary_only=True)
+    assert (short.rewritten_prompt, short.prompt_embeds, short.unet_state) == (None, None, None)
+    assert short.losses.keys() == {"contrastive", "diffusion"}
+    assert torch.equal(short.primary, fit.primary)  # what a full fit has
+    np.testing.assert_array_equal(pipe.recolor(short).image.pixels, fit.primary_picture.pixels)
+    with pytest.raises(FitError, match="primary only"):
+        pipe.recolor(short, TARGET)
+    with pytest.raises(FitError, match="primary only"):
+        short.save(str(tmp_path / "fit"))
 
 
-def test_presets():
-    paper = preset("paper")
-    assert (paper.stage1.num_steps, paper.stage2.embedding_steps, paper.stage2.model_steps) == (1500, 500, 1000)
-    assert paper.sha256() != preset("demo").sha256()
-    assert paper.sha256() == Settings().sha256()
-    with pytest.raises(ValueError, match="demo, paper"):
-        preset("fast")
-    with pytest.raises(ValueError, match="learning_rat"):
-        Stage1Settings(learning_rat=1.0)  # type: ignore[call-arg]
+def test_pictures_and_metrics_are_computed_when_they_are_read(pipe, fit, monkeypatch):
+    assembled = []
+    plain = type(fit).assemble
+    monkeypatch.setattr(type(fit), "assemble", lambda self, chroma: assembled.append(chroma) or plain(self, chroma))
+    anew = replace(fit)  # nothing of it has been read
+    result = pipe.recolor(anew, TARGET)
+    assert assembled == []
+    assert result.metrics is result.metrics
+    assert result.image is result.image
+    assert [chroma is result.chroma for chroma in assembled] == [True]  # and no primary
+    assert result.primary is pipe.recolor(anew).image
+    assert len(assembled) == 2
 
 
-def test_settings_that_differ_from_a_preset():
-    changed = preset("paper", {"stage2.adapter_rank": 4, "batch_size": 2, "stage2.alphas": [1.0, 1.2]})
-    assert (changed.stage2.adapter_rank, changed.batch_size, changed.stage2.alphas) == (4, 2, (1.0, 1.2))
-    assert changed.stage1 == preset("paper").stage1
-    assert preset("paper").stage2.adapter_rank is None
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("stage2.adapter_rnk", 4, r"no setting 'stage2.adapter_rnk' \(did you mean 'stage2.adapter_rank'\?\)"),
-        ("stage2", 4, "no setting 'stage2'"),
-        ("adapter_rank.x.y", 4, "no setting"),
-        ("stage2.adapter_rank", 0, r"setting stage2.adapter_rank: Input should be greater than or equal to 1"),
-        ("stage2.adapter_rank", "four", "setting stage2.adapter_rank: .*integer"),
-        ("stage1.diffusion_target", "nois", "setting stage1.diffusion_target: .*'noise' or 'prior'"),
-    ],
-)
-def test_a_setting_that_cannot_be_is_named_with_the_nearest_that_can(path, value, message):
-    with pytest.raises(ValueError, match=message):
-        preset("demo", {path: value})
+def test_chroma_and_luminance_error_of_what_was_generated_are_kept(pipe, fit):
+    result = pipe.recolor(fit, TARGET)
+    assert result.chroma.shape == fit.primary.shape == (2, *fit.lightness.shape[-2:])
+    assert result.generated.shape == fit.generated.shape == (3, *fit.lightness.shape[-2:])
+    assert 0 < float((result.generated[:1] - fit.lightness).abs().mean()) < 50

@@ -49,19 +49,19 @@ def test_sampling_agrees_with_diffusers_ddim(kind):
     torch.manual_seed(0)
     mix = torch.randn(4, 4) * 0.5
 
-    def denoiser(z_t, t, e):
+    def predict(z_t, t, e):
         return torch.einsum("ij,bjhw->bihw", mix, z_t) * 0.3 + e.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
     z_t = torch.randn(2, 4, 8, 8)
     e, negative = torch.randn(2, 5, 6), torch.zeros(2, 5, 6)
     timesteps = ddim_timesteps(s, 10, 1.0)
-    ours = ddim_sample(denoiser, s, z_t, timesteps, e, negative, guidance_scale=3.0)
+    ours = ddim_sample(predict, s, z_t, timesteps, e, negative, guidance_scale=3.0)
 
     s.set_timesteps(10)
     theirs = z_t
     assert [abs(int(a) - int(b)) <= 1 for a, b in zip(timesteps, s.timesteps, strict=True)] == [True] * 10
     for i, t in enumerate(timesteps):
-        plain, guided = denoiser(theirs, t, negative), denoiser(theirs, t, e)
+        plain, guided = predict(theirs, t, negative), predict(theirs, t, e)
         output = plain + 3.0 * (guided - plain)
         previous = timesteps[i + 1] if i + 1 < len(timesteps) else torch.tensor(-1)
         s.num_inference_steps = 1  # so that diffusers' "previous" is exactly the next of our timesteps
@@ -92,24 +92,3 @@ def test_correct_clean_is_what_ends_the_sampling():
         correct_clean=lambda z: torch.full_like(z, 0.25),
     )
     assert torch.equal(z_0, torch.full_like(z_0, 0.25))
-
-
-def test_regional_outputs_are_joined_by_their_masks():
-    from diffcolor_core.sampling import Regional
-
-    masks = torch.zeros(3, 8, 8)
-    masks[0, :, :4] = masks[1, :, 4:] = masks[2] = 1  # two prompts for the first picture, one for the second
-    regional = Regional(torch.tensor([0, 0, 1]), masks)
-    rows = torch.tensor([10.0, 20.0, 1.0, 2.0, 3.0])  # two unconditional rows in front
-
-    def denoiser(z_t, t, e):
-        assert t.tolist() == [7, 8, 7, 7, 8]
-        return z_t + e.view(-1, 1, 1, 1)
-
-    z_t = torch.zeros(4, 1, 4, 4)
-    joined = regional.denoise(denoiser, z_t, torch.tensor([7, 8, 7, 8]), rows)
-    assert joined[0].unique().tolist() == [10]
-    assert joined[1].unique().tolist() == [20]
-    assert joined[2, 0, :, 0].unique().tolist() == [1]
-    assert joined[2, 0, :, 3].unique().tolist() == [2]
-    assert joined[3].unique().tolist() == [3]

@@ -26,44 +26,42 @@ def numbers(tensor: torch.Tensor) -> list[float]:
 
 
 def stage1(folder: Path) -> dict[str, list[float]]:
-    from diffcolor_core.prior import colorize_with_prior
-
-    from diffcolor_core.config import SamplingSettings, Stage1Settings
-    from diffcolor_core.images import gray_input
+    from diffcolor_core.config import SamplingSettings, Settings, Stage1Settings
     from diffcolor_core.models import load_checkpoint
+    from diffcolor_core.stage1 import colorize_with_prior
 
-    result = colorize_with_prior(
-        load_checkpoint(str(folder)),
-        gray_input(gray_square()),
-        gray_square(),
-        "a ball on a table",
-        Stage1Settings(num_steps=4, learning_rate=1e-3, num_views=1, temperature=0.1),
-        SamplingSettings(num_steps=5),
+    settings = Settings(
         batch_size=2,
-        generator=torch.Generator().manual_seed(3),
-        progress=lambda *_: None,
+        stage1=Stage1Settings(num_steps=4, learning_rate=1e-3, num_views=1, temperature=0.1),
+        sampling=SamplingSettings(num_steps=5),
     )
-    return {**result.losses, "x_pri": numbers(result.x_pri)}
+    checkpoint, generator = load_checkpoint(str(folder)), torch.Generator().manual_seed(3)
+    prior = colorize_with_prior(checkpoint, gray_square(), "a ball on a table", settings, generator, lambda *_: None)
+    return {**prior.losses, "x_pri": numbers(prior.generated), "aligned": numbers(prior.chroma)}
 
 
 def stage2(folder: Path) -> dict[str, list[float]]:
-    from diffcolor_core.config import SamplingSettings
-    from diffcolor_core.images import gray_input
+    from diffcolor_core.config import SamplingSettings, Settings, Stage2Settings
     from diffcolor_core.models import load_checkpoint
     from diffcolor_core.sampling import generate
-    from diffcolor_core.stage2 import finetune_model, interpolate, optimise_embedding
+    from diffcolor_core.stage2 import fit_in_context, interpolate
 
-    checkpoint = load_checkpoint(str(folder))
-    generator = torch.Generator().manual_seed(4)
-    z = checkpoint.encode(gray_input(gray_square())[None])
-    common = {"batch_size": 2, "generator": generator, "progress": lambda *_: None}
-    e = checkpoint.encode_prompts(["a sks ball on a table"])
-    e_opt, embedding = optimise_embedding(checkpoint, z, e, num_steps=4, learning_rate=1e-2, **common)
-    unet, model = finetune_model(checkpoint, z, e_opt, num_steps=4, learning_rate=1e-3, adapter_rank=None, **common)
+    settings = Settings(
+        batch_size=2,
+        stage2=Stage2Settings(embedding_steps=4, embedding_learning_rate=1e-2, model_steps=4, model_learning_rate=1e-3),
+        sampling=SamplingSettings(num_steps=5),
+    )
+    checkpoint, generator = load_checkpoint(str(folder)), torch.Generator().manual_seed(4)
+    lightness = gray_square()
+    chroma = torch.stack((lightness[0] - 50, 30 - lightness[0].T)) / 2
+    _, e_opt, unet, losses = fit_in_context(
+        checkpoint, lightness, chroma, "a ball on a table", settings, generator, lambda *_: None
+    )
     target = checkpoint.encode_prompts(["a red ball on a blue table"])
     e_alpha = interpolate(e_opt, target, checkpoint.encode_prompts([""]), 1.2)
-    x = generate(checkpoint, unet, z, e_alpha, gray_square(), SamplingSettings(num_steps=5), generator)
-    return {"embedding": embedding, "model": model, "e_opt": numbers(e_opt), "x_fin": numbers(x)}
+    z = checkpoint.encode(torch.zeros(1, 3, 32, 32))
+    x = generate(checkpoint, unet, z, e_alpha, lightness, settings.sampling, generator)
+    return {**losses, "e_opt": numbers(e_opt), "x_fin": numbers(x)}
 
 
 @pytest.mark.parametrize("stage", [stage1, stage2], ids=["stage1", "stage2"])

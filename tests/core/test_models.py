@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from diffcolor_core import models
-from diffcolor_core.models import ModelError, identify, load_checkpoint, resolve
+from diffcolor_core.errors import ModelError
+from diffcolor_core.models import identify, load_checkpoint, resolve
+from diffcolor_core.prompts import noun_phrases
 
 
 def test_hub_ids_come_with_a_pinned_revision():
@@ -72,6 +74,31 @@ def test_a_folders_revision_is_the_hash_of_its_weights(tiny_folder, tmp_path):
     assert identify(str(folder))[1] != identify(str(tiny_folder))[1]
 
 
+def test_a_known_revision_is_not_hashed_again(tiny_folder, monkeypatch):
+    model_id, revision = identify(str(tiny_folder))
+    monkeypatch.setattr(models.hashlib, "file_digest", lambda *_: pytest.fail("the whole folder is read again"))
+    checkpoint = load_checkpoint(str(tiny_folder), revision=revision)
+    assert (checkpoint.model_id, checkpoint.model_revision) == (model_id, revision)
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
+def test_another_folder_than_the_known_one_is_refused(tiny_folder, tmp_path, part):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder, folder)
+    _, revision = identify(str(folder))
+    data = (folder / part).read_bytes()
+    (folder / part).write_bytes(data[:-2] + b" " + data[-1:])  # as long as before
+    with pytest.raises(ModelError, match="not at sha256"):
+        identify(str(folder), revision)
+
+
+def test_a_hub_models_known_revision_is_its_commit():
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert identify(name, models.PINNED[name]) == (name, models.PINNED[name])
+    with pytest.raises(ModelError, match="not at 0000"):
+        identify(name, "0" * 40)
+
+
 def test_sizes_are_read_from_the_parts(tiny_folder):
     checkpoint = load_checkpoint(str(tiny_folder))
     assert checkpoint.vae_factor == 2
@@ -119,3 +146,24 @@ def test_clip_sees_all_of_a_panorama(tiny_folder):
     right = x.clone()
     right[..., 60:] = 1
     assert not torch.equal(checkpoint.clip_image_features(x), checkpoint.clip_image_features(right))
+
+
+def test_tokens_are_found_beyond_the_first_chunk(tiny_folder):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    prompt = "a red ball and a blue box on a table " * 12
+    phrases = noun_phrases(prompt)
+    assert len(phrases) == 36
+    ids = torch.cat(models._chunks(checkpoint.tokenizer, prompt))
+    positions = checkpoint.token_positions(prompt, [(phrase.noun_start, phrase.end) for phrase in phrases])
+    assert max(map(max, positions)) > 77
+    for phrase, tokens in zip(phrases, positions, strict=True):
+        assert checkpoint.tokenizer.decode(ids[tokens]).strip() == phrase.noun
+
+
+def test_embeds_are_padded_with_the_empty_prompt(tiny_folder):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    short, long = checkpoint.encode_prompts(["a ball"]), checkpoint.encode_prompts(["a ball", "a ball and " * 60])
+    assert long.shape[1] == 3 * 77
+    e_empty = checkpoint.encode_prompts([""])
+    torch.testing.assert_close(models.pad_embeds(short, e_empty, 3 * 77), long[:1])
+    assert torch.equal(models.pad_embeds(short, e_empty, 77), short)

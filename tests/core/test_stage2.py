@@ -218,11 +218,8 @@ def test_a_long_prompt_beside_short_ones_is_what_it_is_alone(checkpoint):
     prompts = ["a red ball", "a blue ball on a table " * 12, "a red ball"]
     together = colors(model, prompts)
     torch.testing.assert_close(together[0], together[2])
-    for made, prompt in zip(together, prompts, strict=True):
-        (alone,) = colors(model, [prompt])
-        # The short prompts are padded with empty chunks here, which the UNet may look at.
-        tolerance = 1e-2 if prompt == prompts[1] else 2.0
-        assert float((made - alone).abs().max()) < tolerance
+    (alone,) = colors(model, [prompts[1]])
+    torch.testing.assert_close(together[1], alone, atol=1e-2, rtol=0)
 
 
 def test_more_prompts_than_a_batch_keep_their_order(checkpoint, monkeypatch):
