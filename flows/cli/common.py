@@ -75,7 +75,7 @@ def fail(error: Exception | str, code: int) -> typer.Exit:
 @contextmanager
 def errors_told() -> Iterator[None]:
     """Errors in a line: exit code 2 for what was asked wrongly (no manifest there, a query, a URL), 1 for the rest."""
-    from tasks.lease import OutputBusyError
+    from tasks.errors import OutputBusyError
 
     try:
         yield

@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from tasks.manifest import ManifestError, query
-from tasks.storage import TEMPORARY, Store
-from tasks.verify import key_of, verify
+from tasks.errors import ManifestError
+from tasks.layout import TEMPORARY, key_of
+from tasks.manifest import query
+from tasks.storage import Store
+from tasks.verify import verify
 from tests.conftest import gray_picture
 
 NUM_IMAGES = 8

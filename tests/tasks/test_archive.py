@@ -5,15 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.archive import (
-    COLUMNS,
-    RECOLOR_COLUMNS,
-    CatalogError,
-    check_columns,
-    is_image_key,
-    read_catalog,
-    variant_name,
-)
+from tasks.archive import COLUMNS, RECOLOR_COLUMNS, check_columns, is_image_key, read_catalog, variant_name
+from tasks.errors import CatalogError
 from tasks.storage import Store
 
 ROWS = [

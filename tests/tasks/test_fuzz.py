@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tasks.archive import CatalogError, read_catalog
+from tasks.archive import read_catalog
+from tasks.errors import CatalogError
 from tasks.storage import Store
 
 BUDGET = settings(max_examples=200, deadline=None)

@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from tasks import lease
-from tasks.lease import LeaseLostError, OutputBusyError, hold_output, last_generation, last_record
+from tasks.errors import LeaseLostError, OutputBusyError
+from tasks.lease import hold_output, last_generation, last_record
 from tasks.storage import this_machine
 
 RECORD = {"run_id": "one", "archive": "in"}

@@ -8,7 +8,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, strategies as st
 
 from tasks import storage
-from tasks.storage import InvalidKeyError, Store, UnsafeFileError, check_key, slug
+from tasks.errors import InvalidKeyError, UnsafeFileError
+from tasks.layout import slug
+from tasks.storage import Store, check_key
 
 
 def test_write_read_list(store):

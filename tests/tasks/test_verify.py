@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.lease import OutputBusyError, hold_output
-from tasks.manifest import SCHEMA, ManifestError, commit_part, compact, list_parts, query
+from tasks.errors import ManifestError, OutputBusyError
+from tasks.layout import key_of
+from tasks.lease import hold_output
+from tasks.manifest import SCHEMA, commit_part, compact, list_parts, query
 from tasks.storage import Store
-from tasks.verify import expire_fits, key_of, repair, verify
+from tasks.verify import expire_fits, repair, verify
 from tests.tasks.test_manifest import row
 
 
