@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.errors import ManifestError, NoManifestError
@@ -262,18 +263,20 @@ def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: P
     if not output.is_local:
         connection.register_filesystem(output.fs)
     connection.register("_schema", SCHEMA.empty_table())
-    connection.execute("create table no_rows as select *, '' as _file, 0::bigint as _row from _schema")
+    connection.execute("create table no_rows as select *, 0::bigint as _file, 0::bigint as _row from _schema")
+    num_loose, num_counting = len(parts.loose), len(parts.loose) + len(parts.latest)
     scans = {
-        "every": parts.all,
-        "counting": (*parts.loose, *parts.latest),
-        "loose": parts.loose,
-        "latest": parts.latest,
-        "earlier": parts.earlier,
+        "every": (parts.all, 0),
+        "counting": ((*parts.loose, *parts.latest), 0),
+        "loose": (parts.loose, 0),
+        "latest": (parts.latest, num_loose),
+        "earlier": (parts.earlier, num_counting),
     }
-    for name, keys in scans.items():
+    for name, (keys, first) in scans.items():
         connection.execute(f"set variable {name} = ?", [[output.uri(key) for key in keys]])
         files = f"read_parquet(getvariable('{name}'), union_by_name = true)"
-        rows = f"union all by name select *, filename as _file, file_row_number as _row from {files}" if keys else ""
+        place = f"(file_index + {first})::bigint as _file, file_row_number as _row"  # _file: number in `parts.all`
+        rows = f"union all by name select *, {place} from {files}" if keys else ""
         connection.execute(f"create view {name}_rows as from no_rows {rows}")  # no_rows: columns that no part has
     compared = "select _file, _row, image_key, variant, generation, finished_at, attempt, run_id from loose_rows"
     if parts.latest:  # after a compaction only the images that came since must be compared
@@ -361,14 +364,16 @@ def publish_results(output: Store) -> None:
 def _write_results(output: Store, parts: Parts, digest: str) -> None:
     with tempfile.TemporaryDirectory(prefix="diffcolor-results-") as spill, output.replacing(RESULTS) as file:
         connection = connect(output, parts, spill=spill)
-        num_rows, generation = connection.execute("select count(*), max(generation) from results").fetchone() or (0, 0)
-        facts = {"rows": num_rows, "generation": generation or 0, "written_at": datetime.now(UTC).isoformat()}
-        metadata = {f"diffcolor.{name}": str(value) for name, value in {**facts, "parts_sha256": digest}.items()}
         batches = connection.execute("from results order by image_key, variant").to_arrow_reader(ROWS_PER_GROUP)
-        schema = SCHEMA.with_metadata({**SCHEMA.metadata, **metadata})
-        with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+        num_rows = generation = 0
+        with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             for batch in batches:
                 writer.write_table(_typed(batch))
+                num_rows += batch.num_rows
+                generation = max(generation, pc.max(batch["generation"]).as_py() or 0)
+            facts = {"rows": num_rows, "generation": generation, "written_at": datetime.now(UTC).isoformat()}
+            facts |= {"schema_version": SCHEMA_VERSION, "parts_sha256": digest}
+            writer.add_key_value_metadata({f"diffcolor.{name}": str(value) for name, value in facts.items()})
         connection.close()
 
 
