@@ -337,11 +337,11 @@ def publish_results(output: Store) -> None:
 
     Sorted by image_key and variant, with the schema's field metadata, and of the file: schema version, number
     of rows, generation (of the last run whose rows it has), written_at (UTC), and a digest of the parts' names.
-    It appears by one PUT, and takes no more memory than `MEMORY_LIMIT` and one row group.
+    It appears by one PUT; rows are streamed, and what does not fit into `MEMORY_LIMIT` is sorted on disk.
 
-    Runs, repairs and compactions call this after they have ended. Whichever of several at once writes last looks
-    whether parts have come since its own listing, and then writes again, unless a run is open, which will call
-    this at its own end.
+    Runs, repairs and compactions call this after they have ended. Two at once may overtake each other, so each
+    lists the parts again after its PUT. If there are new ones it writes again, unless a run is open: that run
+    will call this at its own end.
     """
     while True:
         parts = list_parts(output)
