@@ -1,7 +1,9 @@
-"""Files of any kind to samples: decoding with limits, at the file's own depth.
+"""Decodes picture files with limits, at the file's own depth.
 
-Pillow decodes samples of 8 bits; deeper ones, which it would reduce, wrap or refuse, are read by tifffile
-(TIFF) and imagecodecs (PNG, JPEG 2000). Whatever a decoder raises, the caller sees `UnreadableImageError`.
+Pillow decodes samples of 8 bits. It would reduce, wrap or refuse deeper ones, so tifffile (TIFF) and imagecodecs
+(PNG, JPEG 2000) read those. Whatever a decoder raises, the caller sees `UnreadableImageError`.
+
+Which formats are read, and why others are not, is in docs/semantics.md.
 """
 
 import io
@@ -20,26 +22,33 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImag
 
 from diffcolor_core.errors import UnreadableImageError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")  # JPEG includes MPO
+FORMATS = (
+    *("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000"),  # JPEG includes MPO
+    *("AVIF", "PSD", "PCX", "SGI", "SUN", "QOI"),
+)
 _KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # description, make, model, software, date, artist, copyright
 _UNSIGNED, _SIGNED, _FLOAT = (1, 4), 2, 3  # TIFF's SampleFormat; 4, "undefined", is read as unsigned
 MAX_PIXELS = 178_956_970  # Pillow's own error limit: larger pictures are refused as decompression bombs
 MAX_SIDE_PX = 1_000_000  # libpng's limit: the result of a longer scan could not be written
 MAX_PAGES = 1_000  # frames or pages of a file; a list of millions is an attack
-STRIP_PIXELS = 2_000_000  # full-size work goes through in strips of about this many pixels
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged file's row says what matters of it, once
+STRIP_PIXELS = 2_000_000  # full-size work is done in strips of about this many pixels
+_PSD_EXIF, _PSD_XMP, _PSD_RESOLUTION, _PSD_VERSION_INFO = 1058, 1060, 1005, 1057  # Photoshop's image resources
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # the manifest row of a damaged file has the reason
 
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """What an input file says of itself, to be kept: EXIF (upright, without its thumbnail) and XMP, as bytes."""
+    """The metadata of an input file that the output keeps: EXIF (upright, without its thumbnail) and XMP, as bytes."""
 
     exif: bytes | None = None
     xmp: bytes | None = None
 
 
 class Decoded(NamedTuple):
-    """Samples [H, W, 1 to 4] (gray, gray + alpha, RGB, RGBA) as uint8 or uint16, and what is known of them."""
+    """Samples [H, W, 1 to 4] (gray, gray + alpha, RGB, RGBA) as uint8 or uint16, and where they come from.
+
+    maximum: the value of full intensity, 255 or 65535. mode: the pixel layout as the decoder names it.
+    """
 
     samples: np.ndarray
     maximum: int
@@ -49,10 +58,10 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes) -> Decoded:
-    """The samples of a picture's first frame or page, upright and as sRGB, and what the file says of it.
+    """The samples of a file's first frame or page, upright and in sRGB, with its metadata.
 
-    Raises UnreadableImageError, with the decoder's reason, for anything that is not a whole picture
-    of at most `MAX_PIXELS` in one of `FORMATS`.
+    Raises UnreadableImageError, with the decoder's reason, for anything that is not a whole picture of at most
+    `MAX_PIXELS` in one of `FORMATS`.
     """
     try:
         return _decode(data)
@@ -69,7 +78,9 @@ def _decode(data: bytes) -> Decoded:
         raise UnreadableImageError("the file is empty")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged metadata is not a damaged picture
+        warnings.simplefilter("ignore")  # damaged metadata does not make a picture unreadable
+        if data[:4] == b"8BPS":
+            _check_psd(data)
         deep_tiff = _decode_deep_tiff(data)
         if deep_tiff is not None:
             return deep_tiff
@@ -77,16 +88,20 @@ def _decode(data: bytes) -> Decoded:
             _check_size(image.width, image.height)
             if not isinstance(image.info.get("xmp", b""), bytes):  # a TIFF's tag 700 of another type: not XMP
                 del image.info["xmp"]
+            _check_depth(image, data)
             deep = _deep_samples(image, data)
             if deep is None:
                 image.load()
+            if image.format == "PSD":
+                _read_psd_resources(image)
             mode = image.mode if deep is None else deep.name
             num_pages = _num_pages(image, data)
             exif = _exif(image)  # after loading: reading EXIF can hide a broken end
             xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
             metadata = _metadata(exif, xmp, image.info.get("dpi"))
             if deep is None:
-                return Decoded(_eight_bit(image), 255, mode, metadata, num_pages)
+                picture = _without_selection(image, data) if image.format == "PSD" else image
+                return Decoded(_eight_bit(picture), 255, mode, metadata, num_pages)
             samples = _sixteen_bit(deep, _profile_of(image.info, deep.num_colors == 1))
             return Decoded(_upright(samples, exif), 65535, mode, metadata, num_pages)
 
@@ -102,11 +117,73 @@ def _check_size(width_px: int, height_px: int) -> None:
         )
 
 
+def _check_depth(image: Image.Image, data: bytes) -> None:
+    """Refuse samples that Pillow would reduce to 8 bits with a loss that nobody expects."""
+    if image.format == "SGI" and data[3] != 1:
+        raise UnreadableImageError("SGI of more than 8 bits: convert it to TIFF or PNG")
+    if image.format == "AVIF" and any(
+        data[at + 10 : at + 12] in (b"\0\x10", b"\0\x12") for at in _all(data, b"colrnclx")
+    ):
+        raise UnreadableImageError("AVIF with high dynamic range (PQ or HLG): convert it to sRGB")
+
+
+def _all(data: bytes, word: bytes) -> Iterator[int]:
+    """Every place of `word` in `data`."""
+    at = data.find(word)
+    while at >= 0:
+        yield at
+        at = data.find(word, at + 1)
+
+
+# ------------------------------------------------------------------ Photoshop
+
+
+def _check_psd(data: bytes) -> None:
+    """Refuse by name what Pillow cannot read of a PSD: other depths than 1 and 8 bits, and PSB."""
+    version, _, _, _, _, bits, mode = struct.unpack_from(">H6sHIIHH", data, 4)
+    if version != 1:
+        raise UnreadableImageError("a large Photoshop document (PSB): save it as TIFF")
+    if bits not in (1, 8):
+        raise UnreadableImageError(f"PSD with {bits} bits a sample, of which only 8 are read: save it as TIFF")
+    if mode == 7:
+        raise UnreadableImageError("PSD in multichannel mode: save it as gray or RGB")
+
+
+def _read_psd_resources(image: Image.Image) -> None:
+    """Put a PSD's metadata where Pillow has other formats'. Raises UnreadableImageError if it has only layers."""
+    resources = {number: data for number, _, data in getattr(image, "resources", ())}
+    if resources.get(_PSD_VERSION_INFO, b"\0\0\0\0\1")[4:5] == b"\0":  # hasRealMergedData
+        raise UnreadableImageError(
+            "PSD without a flattened picture: save it with the option to maximize compatibility, or as TIFF"
+        )
+    if _PSD_EXIF in resources:
+        image.info["exif"] = b"Exif\0\0" + resources[_PSD_EXIF]
+    if _PSD_XMP in resources:
+        image.info["xmp"] = resources[_PSD_XMP]
+    if len(resolution := resources.get(_PSD_RESOLUTION, b"")) >= 12:
+        x, y = struct.unpack_from(">I", resolution, 0)[0], struct.unpack_from(">I", resolution, 8)[0]
+        image.info["dpi"] = (x / 65536, y / 65536)
+
+
+def _without_selection(image: Image.Image, data: bytes) -> Image.Image:
+    """A PSD's picture. Its fourth channel is transparency only if the layer count is negative, else a selection."""
+    if image.mode != "RGBA":
+        return image
+    at = 26
+    for _ in range(2):  # over colour table and resources, to the layers
+        at += 4 + struct.unpack_from(">I", data, at)[0]
+    section_bytes, layers_bytes = struct.unpack_from(">II", data, at)
+    count = struct.unpack_from(">h", data, at + 8)[0] if section_bytes and layers_bytes else 0
+    return image if count < 0 else image.convert("RGB")
+
+
 # ------------------------------------------------------------------ pages
 
 
 def _num_pages(image: Image.Image, data: bytes) -> int:
     try:
+        if image.format == "PSD":  # its frames are the layers of the one picture
+            return 1
         number = _num_tiff_pages(data) if image.format == "TIFF" else int(getattr(image, "n_frames", 1))
     except Exception:  # a damaged list of pages: the first one may be whole
         return 1
@@ -116,7 +193,7 @@ def _num_pages(image: Image.Image, data: bytes) -> int:
 def _check_pages(number: int) -> int:
     if number > MAX_PAGES:
         raise UnreadableImageError(
-            f"more than {MAX_PAGES} frames or pages, the limit of one file: split it, or keep its first page only"
+            f"more than {MAX_PAGES} frames or pages, the limit for one file: split it, or keep only its first page"
         )
     return number
 
@@ -127,7 +204,7 @@ def _num_tiff_pages(data: bytes) -> int:
     big = data[2:4] in (b"+\0", b"\0+")
     count_format, entry_bytes, offset_format = (f"{order}Q", 20, f"{order}Q") if big else (f"{order}H", 12, f"{order}I")
     (offset,) = struct.unpack_from(offset_format, data, 8 if big else 4)
-    seen: set[int] = set()  # a list may end in a circle
+    seen: set[int] = set()  # a damaged list may form a circle
     while offset and offset not in seen and len(seen) <= MAX_PAGES:
         try:
             (num_entries,) = struct.unpack_from(count_format, data, offset)
@@ -150,9 +227,9 @@ def _exif(image: Image.Image) -> Image.Exif:
 
 
 def _metadata(exif: Image.Exif, xmp: object, dpi: tuple[float, float] | None = None) -> SourceMetadata:
-    """EXIF as an upright picture has it, and XMP. Damaged metadata is none.
+    """EXIF of the upright picture, and XMP. Damaged metadata is left out.
 
-    dpi: what the container itself says of the resolution, if EXIF says nothing.
+    dpi: the resolution that the container itself states, for files whose EXIF states none.
     """
     try:
         kept = Image.Exif()
@@ -170,18 +247,18 @@ def _metadata(exif: Image.Exif, xmp: object, dpi: tuple[float, float] | None = N
 
 
 def _tag_value(value: object) -> object:
-    """Text beyond ASCII as the bytes it was: Pillow reads any as Latin-1, and would write question marks."""
+    """Text beyond ASCII as its original bytes: Pillow reads it as Latin-1, and would write question marks."""
     return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
 
 
 def _resolution(exif: Image.Exif, dpi: tuple[float, float] | None) -> dict[int, float]:
-    """XResolution, YResolution and ResolutionUnit of the upright picture, if they are sound."""
+    """XResolution, YResolution and ResolutionUnit of the upright picture, if they are plausible."""
     x, y, unit = exif.get(282), exif.get(283), exif.get(296, 2)
-    if x is None and dpi is not None and tuple(dpi) != (72, 72):  # 72: Pillow's word for "nothing said"
+    if x is None and dpi is not None and tuple(dpi) != (72, 72):  # 72: Pillow's default
         (x, y), unit = dpi, 2
     try:
         x, y = float(x), float(y)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ArithmeticError):  # not there, or no numbers
+    except (TypeError, ValueError, ArithmeticError):  # missing, or not numbers
         return {}
     if unit not in (1, 2, 3) or not (min(x, y) > 0.1 and max(x, y) < 25_000):  # JPEG's header ends at 65,535 dpi
         return {}
@@ -215,7 +292,7 @@ def _deep(samples: np.ndarray, bits: int, **meaning: bool) -> _Deep:
 
 
 def _sixteen_bit(deep: _Deep, profile: bytes | None) -> np.ndarray:
-    """As uint16 sRGB, scaled (never clipped) to the whole of it, straight alpha: [H, W, 1 to 4]."""
+    """The samples as uint16 sRGB over the full range, scaled (never clipped), with straight alpha: [H, W, 1 to 4]."""
     height, width, _ = deep.samples.shape
     done = []
     for rows in strips(height, width):
@@ -234,9 +311,9 @@ def _sixteen_bit(deep: _Deep, profile: bytes | None) -> np.ndarray:
 
 
 def _to_srgb(color: np.ndarray, profile: bytes) -> np.ndarray:
-    """Gray or RGB in [0, 1] to sRGB. A profile that does not fit the picture is passed over.
+    """Gray or RGB in [0, 1] to sRGB. A profile that does not fit the picture is ignored.
 
-    In floating point: littleCMS's 16-bit tables are 14 L* off in the shadows of a linear profile.
+    This is done in floating point: littleCMS's 16-bit tables are 14 L* off in the shadows of a linear profile.
     """
     gray = color.shape[-1] == 1
     try:
@@ -253,7 +330,7 @@ def _to_srgb(color: np.ndarray, profile: bytes) -> np.ndarray:
 
 
 def _profile_of(info: dict[str | tuple[int, int], Any], gray: bool) -> bytes | None:
-    """The colour profile of a picture; of a PNG that only states its gamma, a profile with that gamma."""
+    """The colour profile of a picture. A PNG that states only its gamma gets a profile with that gamma."""
     profile, gamma = info.get("icc_profile"), info.get("gamma")
     if profile or not gamma or "srgb" in info or abs(gamma * 2.2 - 1) < 0.05:  # 1/2.2: how encoders write sRGB
         return profile or None
@@ -275,7 +352,7 @@ def _deep_samples(image: Image.Image, data: bytes) -> _Deep | None:
 
 
 def _deep_jpeg2000(image: Image.Image, data: bytes) -> _Deep | None:
-    size = data.index(b"\xff\x4f\xff\x51")  # the codestream begins with its size and components
+    size = data.index(b"\xff\x4f\xff\x51")  # the codestream starts with its size and components
     x1, y1, x0, y0 = struct.unpack_from(">4I", data, size + 8)
     (num_components,) = struct.unpack_from(">H", data, size + 40)
     kinds = set(data[size + 42 : size + 42 + 3 * num_components : 3])  # bits - 1, and 128 for signed ones
@@ -292,18 +369,20 @@ def _deep_jpeg2000(image: Image.Image, data: bytes) -> _Deep | None:
 
 
 def _decode_deep_tiff(data: bytes) -> Decoded | None:
-    """Gray or RGB TIFF of more than 8 bits or of other samples than unsigned integers; None for anything else."""
+    """A gray or RGB TIFF that has more than 8 bits or samples other than unsigned integers; None for other files."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     try:
         file = tifffile.TiffFile(io.BytesIO(data))
         page = file.pages[0]
-    except Exception:  # Pillow says what it is
+    except Exception:  # Pillow gives the reason
         return None
     assert isinstance(page, tifffile.TiffPage)
     if page.photometric not in (0, 1, 2) or (page.bitspersample <= 8 and page.sampleformat in _UNSIGNED):
         return None
-    _check_size(int(page.imagewidth), int(page.imagelength))  # a damaged tag is a tuple, maybe of millions
+    _check_size(
+        int(page.imagewidth), int(page.imagelength)
+    )  # a damaged tag may be a tuple of millions, which int refuses
     num_pages = _check_pages(_num_tiff_pages(data))
     exif = _tiff_exif(data, file, page)
     deep = _tiff_samples(page)
@@ -312,7 +391,7 @@ def _decode_deep_tiff(data: bytes) -> Decoded | None:
 
 
 def _tiff_exif(data: bytes, file: tifffile.TiffFile, page: tifffile.TiffPage) -> Image.Exif:
-    """A TIFF's tags as Pillow has them, of files too that it does not open."""
+    """A TIFF's tags in Pillow's form, also of files that Pillow does not open."""
     exif = Image.Exif()
     exif.endian, exif.bigtiff = file.byteorder, file.is_bigtiff
     try:
@@ -327,20 +406,20 @@ def _tiff_samples(page: tifffile.TiffPage) -> _Deep:
     if page.sampleformat not in (*_UNSIGNED, _FLOAT):
         raise UnreadableImageError(
             f"TIFF with {'signed' if page.sampleformat == _SIGNED else 'complex'} samples (SampleFormat "
-            f"{page.sampleformat}): nothing defines their white, so convert them to unsigned integers"
+            f"{page.sampleformat}): their white is not defined, so convert them to unsigned integers"
         )
     num_colors, num_samples = 3 if page.photometric == 2 else 1, page.samplesperpixel
     if not num_colors <= num_samples <= num_colors + 2:
         raise UnreadableImageError(
-            f"TIFF with {num_samples} samples a pixel, of which {num_colors} are colour: at most 2 more are read"
+            f"TIFF with {num_samples} samples a pixel, {num_colors} of them colour: at most 2 others are read"
         )
     if len(page.databytecounts) != math.prod(page.chunked) or 0 in page.databytecounts:
-        raise UnreadableImageError("TIFF with strips or tiles left out: damaged, or never finished")
+        raise UnreadableImageError("TIFF with missing strips or tiles: damaged, or never finished")
     if page.planarconfig == 2 and num_samples > 1:  # one plane after the other
         samples = np.moveaxis(page.asarray().reshape(num_samples, page.imagelength, page.imagewidth), 0, -1)
     else:
         samples = page.asarray().reshape(page.imagelength, page.imagewidth, num_samples)
-    extra = page.extrasamples or (2,) * (num_samples - num_colors)  # not stated: alpha, as Pillow has it
+    extra = page.extrasamples or (2,) * (num_samples - num_colors)  # if not stated: alpha, as in Pillow
     alpha = [num_colors + i for i, kind in enumerate(extra) if kind in (1, 2)][:1]
     return _deep(
         samples[..., [*range(num_colors), *alpha]],
@@ -354,7 +433,7 @@ def _tiff_samples(page: tifffile.TiffPage) -> _Deep:
 
 
 def _eight_bit(image: Image.Image) -> np.ndarray:
-    """Any other picture as uint8 gray, gray + alpha, RGB or RGBA, through its colour profile if it has a sound one."""
+    """An 8-bit picture as uint8 gray, gray + alpha, RGB or RGBA, converted through its colour profile."""
     image = _transposed(image)
     info = dict(image.info)
     if image.mode == "LAB":
@@ -382,7 +461,7 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _through_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert to sRGB through an embedded profile. A profile that does not fit the picture is passed over."""
+    """Convert to sRGB through an embedded profile. A profile that does not fit the picture is ignored."""
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     color = image.convert(image.mode[:-1]) if alpha is not None else image
     try:
@@ -403,7 +482,7 @@ def _expect_image(converted: Image.Image | None) -> Image.Image:
 
 
 def _transposed(image: Image.Image) -> Image.Image:
-    """Turned upright by EXIF. (Pillow has already applied a TIFF's orientation; damaged EXIF says nothing.)"""
+    """Turned upright by EXIF. Pillow has already applied a TIFF's orientation; damaged EXIF is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # EXIF is a TIFF in itself, and as often damaged

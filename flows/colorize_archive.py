@@ -22,8 +22,9 @@ from diffcolor_core.models import identify
 from flows.stopping import mark_crashed
 from tasks.actors import ActorPool, RunStoppedError, colorize_on, ray_actors
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
+from tasks.layout import part_name
 from tasks.lease import Lease, hold_output
-from tasks.manifest import commit_part
+from tasks.manifest import commit_part, publish_results
 from tasks.planning import RunConfig, Shard, open_plan, output_below, shard_sizes
 from tasks.progress import RunProgress
 from tasks.storage import Store
@@ -60,7 +61,7 @@ def colorize_shard(
     def commit() -> None:
         nonlocal committed_at
         lease.check()
-        commit_part(output, f"{config.generation:06d}-{shard.number:06d}-{number:05d}", pending)
+        commit_part(output, part_name(config.generation, shard.number, number), pending)
         pending.clear()
         committed_at = time.monotonic()
 
@@ -188,7 +189,8 @@ def colorize_archive(
         raise FileNotFoundError(f"there is no archive at {archive!r}")
     output_below(source, target)  # before anything is written
     rows = read_catalog(source, catalog, required=COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS)
-    with hold_output(target, config.record() | {"flow_run_id": flow_run.id}) as lease:
+    record = config.record() | {"flow_run_id": flow_run.id}
+    with hold_output(target, record, after=publish_results) as lease:
         config = replace(config, generation=lease.generation)
         if lease.took_over and lease.took_over.get("flow_run_id"):
             mark_crashed(lease.took_over["flow_run_id"], f"taken over by run {config.run_id}: its process is dead")

@@ -6,8 +6,8 @@ from prefect import flow
 from pydantic import Field
 
 from flows.colorize_archive import AtLeastOne, colorize_archive
+from tasks.errors import ManifestError
 from tasks.lease import last_record
-from tasks.manifest import ManifestError
 from tasks.storage import Store
 
 

@@ -15,9 +15,11 @@ import psutil
 
 from support.pictures import make_archive
 from support.waiting import wait_until
-from tasks.manifest import ManifestError, query
-from tasks.storage import TEMPORARY, Store
-from tasks.verify import key_of, verify
+from tasks.errors import ManifestError
+from tasks.layout import TEMPORARY, key_of
+from tasks.manifest import query
+from tasks.storage import Store
+from tasks.verify import verify
 
 NUM_IMAGES = 8
 RUN_ID = "run"  # a file names its run, so bytes can be compared only between runs of one name

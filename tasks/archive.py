@@ -1,4 +1,4 @@
-"""The archive as work: its images joined with the catalog's prompts."""
+"""The archive's images, and the catalog that names their prompts."""
 
 import csv
 import difflib
@@ -8,42 +8,35 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date, time
 from functools import lru_cache
 from typing import IO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
+from tasks.errors import CatalogError
 from tasks.storage import Store, printable
 
 DEFAULT_CATALOG = "catalog.csv"
 COLUMNS = ("image", "context_prompt", "target_prompt")
 RECOLOR_COLUMNS = ("image", "target_prompt")
-"""What a catalog of new colours needs: the context prompt is the one that the image has had."""
+"""The columns that a catalog of new colours needs: the context prompt is the one that the image had before."""
 SIDECAR_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".md", ".xml", ".yaml", ".yml")
-"""Tables and texts that lie beside images; every other file of an archive is taken for an image."""
+"""Tables and texts that lie beside images. Every other file of an archive counts as an image."""
 MAX_PROMPT_CHARACTERS = 4000
-"""Of a catalog's cell; a text tower reads about 300 characters at a time."""
+"""Of one prompt; a text encoder reads about 300 characters at a time."""
+MAX_EXTRA_CHARACTERS = 20_000
+"""Of a row's other columns together, as JSON: they are copied into every manifest row of the image."""
 
 _MISSPELT = 0.8
-"""How much a column must look like a known, optional one (difflib's ratio) to be taken for it."""
-
-
-class CatalogError(ValueError):
-    """A catalog that cannot be read as a table of prompts."""
-
-
-class MissingImageError(ValueError):
-    """A catalog row names an image that the archive does not have."""
-
-
-class MissingPromptError(ValueError):
-    """There is no context prompt for an image."""
+"""An unknown column at least this similar (difflib's ratio) to a missing optional one counts as a misspelling."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One picture wanted of an image: coloured by `target_prompt`, or, without one, the primary."""
+    """One picture to make of an image: coloured by `target_prompt`, or the primary if there is none."""
 
     name: str
     target_prompt: str | None
@@ -51,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class ImageWork:
-    """One fit and the variants wanted of it. `problem` says why there is nothing to fit."""
+    """One fit and the variants to make from it. `problem` says why it cannot be made."""
 
     image_key: str
     version: str
@@ -62,12 +55,14 @@ class ImageWork:
 
 @dataclass(frozen=True)
 class CatalogRow:
-    """A row of a catalog; `number` counts from 1, the header not counted."""
+    """A row of a catalog. The first row after the header has number 1."""
 
     number: int
     image: str
     context_prompt: str | None
     target_prompt: str | None
+    extra: str | None = None
+    """The other columns that are not empty, as a JSON object with sorted keys; None if there are none."""
 
 
 def variant_name(context_prompt: str | None, target_prompt: str | None) -> str:
@@ -84,10 +79,10 @@ def read_catalog(
 ) -> Iterator[CatalogRow] | None:
     """The rows of a catalog (CSV, JSONL or Parquet), by any fsspec URL; by default the archive's catalog.csv.
 
-    None if no catalog is given and the archive has none. required: columns that it must have; other
-    columns may be there, unless they look like a known one misspelt. Raises
-    CatalogError with what is wrong; the rows are read one by one, so an error in a row comes when its
-    turn is.
+    None if no catalog is given and the archive has none. required: the columns that it must have. Other columns
+    are kept in `CatalogRow.extra`, but one that looks like a misspelt prompt column is an error. Raises
+    CatalogError with what is wrong and where. Rows are read one by one, so an error in a row is raised when the
+    row is reached.
     """
     if catalog is None:
         if not archive.has(DEFAULT_CATALOG):
@@ -95,7 +90,7 @@ def read_catalog(
         return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG), required)
     if not catalog.endswith((".csv", ".jsonl", ".parquet")):
         raise CatalogError(f"catalog {catalog!r}: a catalog is .csv, .jsonl or .parquet")
-    where = catalog if "://" in catalog else os.path.realpath(catalog)  # whoever names a link means the file
+    where = catalog if "://" in catalog else os.path.realpath(catalog)  # a link stands for its file
     folder, _, name = where.rpartition("/")
     store = Store(folder or "/")
     if not store.has(name):
@@ -128,12 +123,21 @@ def _records(file: IO[bytes], name: str, required: tuple[str, ...]) -> Iterator[
 def _parquet_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[str, object]]:
     try:
         table = pq.ParquetFile(file)
-        names = tuple(table.schema_arrow.names)
-        check_columns(names, required)
-        for batch in table.iter_batches(10_000, columns=[column for column in COLUMNS if column in names]):
-            yield from batch.to_pylist()
-    except OSError as error:  # how pyarrow calls a damaged file
-        raise ValueError(f"not to be read as Parquet: {error}") from error
+        check_columns(tuple(table.schema_arrow.names), required)
+        for batch in table.iter_batches(10_000):
+            yield from _with_dates_as_text(batch).to_pylist()
+    except OSError as error:  # pyarrow's error for a damaged file
+        raise ValueError(f"it cannot be read as Parquet: {error}") from error
+
+
+def _with_dates_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows. Parquet's dates go beyond Python's, so Arrow writes them out."""
+    columns = [column.cast(pa.string()) if _is_date_or_time(column.type) else column for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _is_date_or_time(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_temporal(kind) and not pa.types.is_duration(kind))
 
 
 def _json_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[str, object]]:
@@ -143,7 +147,7 @@ def _json_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[s
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
-                raise ValueError("it is not an object")
+                raise ValueError("it is not a JSON object")
             check_columns(tuple(record), required)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
@@ -155,7 +159,7 @@ def _csv_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[st
     try:
         check_columns(tuple(reader.fieldnames or ()), required)
         for number, record in enumerate(reader, 1):
-            if None in record:  # fewer are no harm: what is left out at the end is empty
+            if None in record:  # fewer fields are allowed: those left out at the end are empty
                 raise ValueError(
                     f"row {number} (line {reader.line_num}) has more fields than the header, which has "
                     f"{len(reader.fieldnames or ())}: put a text with commas in double quotes"
@@ -166,7 +170,7 @@ def _csv_records(file: IO[bytes], required: tuple[str, ...]) -> Iterator[dict[st
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
-    """Its lines as text; the first that is not UTF-8 is an error with its number."""
+    """The file's lines as text. Raises ValueError, with the line's number, for one that is not UTF-8."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     for number, line in enumerate(text, 1):
         if printable(line) != line:
@@ -176,10 +180,10 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
 
 @lru_cache(1000)
 def check_columns(names: tuple[str, ...], required: tuple[str, ...]) -> None:
-    """Raise ValueError for a column that is there twice, is required and missing, or looks like a missing one."""
+    """Raise ValueError for a repeated column, a missing required one, or one that looks like a misspelt prompt."""
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"column {twice!r} is there twice: remove or rename one")
+        raise ValueError(f"column {twice!r} appears twice: remove or rename one")
     others = {name.strip().lower(): name for name in names if name not in COLUMNS}
     for column in COLUMNS:
         if column in names:
@@ -204,9 +208,41 @@ def _row(number: int, record: dict[str, object]) -> CatalogRow:
     image, context_prompt, target_prompt = values
     if image is None:
         raise ValueError("no image is named")
-    return CatalogRow(number, image, context_prompt, target_prompt)
+    return CatalogRow(number, image, context_prompt, target_prompt, _extra(record))
+
+
+def _extra(record: dict[str, object]) -> str | None:
+    """The columns beside `COLUMNS` that are not empty, as JSON. Raises ValueError if they are too long."""
+    others = {name: value for name, value in record.items() if name not in COLUMNS and not _is_empty(value)}
+    if not others:
+        return None
+    try:
+        text = json.dumps(others, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_json_value)
+    except ValueError as error:
+        raise ValueError(f"a column beside {', '.join(COLUMNS)} is not JSON: {error}") from error
+    if len(text) > MAX_EXTRA_CHARACTERS:
+        sizes = {name: len(json.dumps(value, default=_json_value)) for name, value in others.items()}
+        longest = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"the columns beside {', '.join(COLUMNS)} have {len(text)} characters as JSON, the limit is "
+            f"{MAX_EXTRA_CHARACTERS}: leave some out, such as {longest!r} with {sizes[longest]}"
+        )
+    if printable(text) != text:
+        raise ValueError(f"it holds half a character: {printable(text)[:100]!r}: write it whole")
+    return text
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or (value != value)  # NaN
+
+
+def _json_value(value: object) -> str:
+    """Values of Parquet that JSON does not have, as text: bytes in hexadecimal, dates in ISO 8601, decimals exactly."""
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
 def is_image_key(key: str) -> bool:
-    """Whether a file of an archive counts as an image: all do that are not hidden, nor a table or text beside them."""
+    """Whether a file of an archive counts as an image: every file does that is not hidden, a table or a text."""
     return not key.rpartition("/")[2].startswith(".") and not key.lower().endswith(SIDECAR_SUFFIXES)

@@ -14,10 +14,12 @@ import torch
 from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, read_scan
 from diffcolor_core.fits import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
+from tasks.errors import InvalidKeyError, OversizeError, UnsafeFileError
+from tasks.layout import FIT_FILES, fit_folder, key_of, picture_stem
 from tasks.planning import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
-from tasks.storage import InvalidKeyError, OversizeError, Store, UnsafeFileError, slug
-from tasks.verify import FILES, FIT_FILES, key_of, sha256_of
+from tasks.storage import Store
+from tasks.verify import FILES, sha256_of
 
 MAX_FILE_BYTES = 4 * 2**30
 """Of an image file: four times what the largest picture that is read holds in 16 bits."""
@@ -118,8 +120,7 @@ class ImageWorker:
             "stage1_seconds": fit.stage1_seconds,
             "stage2_seconds": fit.stage2_seconds,
         }
-        folder = f"images/{slug(key)}-{hashlib.sha256(f'{key}/{sha256}'.encode()).hexdigest()[:16]}"
-        primary_stem = f"{folder}/primary-{self._digest(context, None)}"
+        primary_stem = picture_stem(key, sha256, self.config.config_sha256(context, None), primary=True)
         primary_key = f"{primary_stem}{SUFFIX[self.config.image_format]}"
         shared["primary_uri"] = self.output.uri(primary_key)
         asked = any(variant.target_prompt is None for variant in planned.work.variants)
@@ -135,7 +136,8 @@ class ImageWorker:
             if variant.target_prompt is None:
                 files = primary
             else:
-                stem = f"{folder}/target-{self._digest(context, variant.target_prompt)}"
+                config_sha256 = self.config.config_sha256(context, variant.target_prompt)
+                stem = picture_stem(key, sha256, config_sha256, primary=False)
                 files = self._write(stem, result.image, fit, variant.target_prompt)
             seconds = fit_seconds + time.perf_counter() - start
             rows.append(self._row(planned, index, result, shared | files, seconds))
@@ -145,8 +147,7 @@ class ImageWorker:
         """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns."""
         if not self.config.keep_fits or "fallback" in shared:
             return pipe.fit(scan, context_prompt, seed=self.config.seed), {"fit_reused": False}
-        sha256 = shared["input_sha256"]
-        folder = f"fits/{sha256[:2]}/{sha256[:32]}-{self.config.fit_sha256(context_prompt)[:12]}"
+        folder = fit_folder(shared["input_sha256"], self.config.fit_sha256(context_prompt))
         url = self.output.uri(folder)
         try:
             fit, reused = self.output.patiently(lambda: pipe.load_fit(url, scan)), True
@@ -156,9 +157,6 @@ class ImageWorker:
                 self.output.write(f"{folder}/{name}", data)
         size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
         return fit, {"fit_uri": url, "fit_bytes": size, "fit_reused": reused}
-
-    def _digest(self, context_prompt: str | None, target_prompt: str | None) -> str:
-        return self.config.config_sha256(context_prompt, target_prompt)[:12]
 
     def _write(self, stem: str, picture: Picture, fit: Fit, prompt: str, *, with_access_copy: bool = True) -> Row:
         """Write a picture and, if a row will name it, its access copy; where they are, as columns."""

@@ -1,23 +1,37 @@
-"""The manifest: typed rows in immutable Parquet parts, and the reader that knows which row counts."""
+"""The manifest: typed rows in immutable Parquet parts, the views over them, and the published results.
 
+Writers commit parts. Readers use the views through `query`, or the file `results.parquet`, a copy of the view
+`results` that is written anew when a run or a compaction ends.
+"""
+
+import hashlib
 import io
 import json
 import re
 import secrets
+import tempfile
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.errors import ManifestError, NoManifestError
+from tasks.layout import COMPACTED_PART, LOOSE_PART, MANIFEST, POINTER, RESULTS, compaction, part, pointer
+from tasks.lease import is_run_open
 from tasks.storage import Store
 
-SCHEMA_VERSION = 3
-PREFIX = "manifest"
+SCHEMA_VERSION = 4
 MISSING_OUTPUT = "MissingOutputError"
 """Error class of the rows that `verify --repair` has queued again."""
+MEMORY_LIMIT = "1GB"
+"""Of DuckDB while it sorts a whole manifest; the rest goes to a temporary folder."""
+ROWS_PER_GROUP = 25_000
+"""Of the files that are written sorted: a reader of one image reads one such group."""
 
 
 class _Column(NamedTuple):
@@ -107,6 +121,12 @@ _COLUMNS = (
     _Column(
         "primary_sha256", pa.string(), "Hash of the primary file's bytes; null if an earlier run wrote it.", since=3
     ),
+    _Column(
+        "catalog_columns",
+        pa.string(),
+        "The other columns of the image's catalog row (object id, rights, ...) as a JSON object; null if it has none.",
+        since=4,
+    ),
 )
 
 SCHEMA = pa.schema(
@@ -122,27 +142,15 @@ SCHEMA = pa.schema(
     metadata={"diffcolor.schema_version": str(SCHEMA_VERSION)},
 )
 
-POINTER = re.compile(rf"{PREFIX}/compacted-(\d{{6}})\.json")
-_COMPACTED = re.compile(rf"{PREFIX}/compacted-(\d{{6}})-.*")
-_ROW_NUMBER = """row_number() over (
+_OUTDATED = """qualify row_number() over (
     partition by image_key, variant
-    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc)"""
-_LATEST = f"qualify {_ROW_NUMBER} = 1"
-_EARLIER = f"qualify {_ROW_NUMBER} > 1"
-
-
-class ManifestError(ValueError):
-    """A manifest that cannot be read, or a query that it does not answer."""
-
-
-class NoManifestError(ManifestError):
-    """There is no manifest yet."""
+    order by generation desc nulls last, finished_at desc, attempt desc, run_id desc) > 1"""
 
 
 def encode_part(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Rows as one Parquet file of `SCHEMA`; a column that a row lacks is null.
 
-    Raises ValueError for a column the schema lacks or a null where none may be.
+    Raises ValueError for an unknown column, or a null in a column that must have a value.
     """
     for row in rows:
         unknown = row.keys() - set(SCHEMA.names)
@@ -157,29 +165,29 @@ def encode_part(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def commit_part(output: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a part under a new name; its appearance is the commit. Raises FileExistsError if the name is taken."""
-    key = f"{PREFIX}/{name}.parquet"
+    key = part(name)
     if not output.create(key, encode_part(rows)):
-        raise FileExistsError(f"manifest part {output.uri(key)} is there already: another run has written it")
+        raise FileExistsError(f"manifest part {output.uri(key)} exists already: another run has written it")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The keys of a manifest's parts.
-
-    loose: as runs committed them. latest, earlier: of the last compaction, the latest row of each
-    image and variant, and the others. replaced: parts that compaction has taken in, not deleted yet.
-    abandoned: of compactions that were killed, or overtaken by another, or are at work now. generation:
-    the number of the last compaction. damaged_pointers: files that should name a compaction's parts, and
-    do not; what the one before names counts, and nothing is missing, as the replaced parts are kept so long.
-    """
+    """The keys of a manifest's parts."""
 
     loose: tuple[str, ...]
+    """As runs have committed them."""
     latest: tuple[str, ...] = ()
+    """The latest row of each image and variant when the last compaction ran."""
     earlier: tuple[str, ...] = ()
+    """The other rows of the last compaction."""
     replaced: tuple[str, ...] = ()
+    """Parts whose rows the last compaction has copied; the next one deletes them."""
     abandoned: tuple[str, ...] = ()
+    """Parts that no pointer names: of a compaction that was killed or overtaken, or is still at work."""
     generation: int = 0
+    """The number of the last compaction."""
     damaged_pointers: tuple[str, ...] = ()
+    """Pointers that cannot be read. The one before counts then: what it names has not been deleted yet."""
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -187,54 +195,55 @@ class Parts:
         return (*self.loose, *self.latest, *self.earlier)
 
     def without(self, keys: Container[str]) -> "Parts":
-        """These parts but for some."""
-        loose, latest, earlier = (
-            tuple(k for k in kind if k not in keys) for kind in (self.loose, self.latest, self.earlier)
-        )
+        """The same parts without those of `keys`."""
+        kinds = (self.loose, self.latest, self.earlier)
+        loose, latest, earlier = (tuple(key for key in kind if key not in keys) for kind in kinds)
         return replace(self, loose=loose, latest=latest, earlier=earlier)
 
 
 def list_parts(output: Store) -> Parts:
     """The parts of a manifest now.
 
-    Parts that the pointer does not know yet, and those that it has just replaced, are in the same
-    listing as it: nothing of one listing is missed or counted twice.
+    One listing shows a pointer, the parts that it names and those that it replaces, so no row is missed or
+    counted twice.
     """
-    keys = sorted(key for key, _ in output.walk(PREFIX))
+    keys = sorted(key for key, _ in output.walk(MANIFEST))
     generations = sorted((int(match.group(1)) for match in map(POINTER.fullmatch, keys) if match), reverse=True)
-    pointer: dict[str, list[str]] = {}
+    named: dict[str, list[str]] = {}
     damaged_pointers = []
     for generation in generations:
         try:
-            pointer = _read_pointer(output, generation)
+            named = _read_pointer(output, generation)
             break
         except ValueError:
-            damaged_pointers.append(_pointer(generation))
-    latest, earlier, replaced = (tuple(pointer.get(kind, ())) for kind in ("latest", "earlier", "replaced"))
-    found = [key for key in keys if key.endswith(".parquet")]
-    taken_in = set(replaced)
-    compacted = [key for key in found if _COMPACTED.fullmatch(key)]
+            damaged_pointers.append(pointer(generation))
+    latest, earlier, replaced = (tuple(named.get(kind, ())) for kind in ("latest", "earlier", "replaced"))
+    taken_in, counted = set(replaced), {*latest, *earlier}
     return Parts(
-        loose=tuple(key for key in found if key.count("/") == 1 and key not in taken_in),
+        loose=tuple(key for key in keys if LOOSE_PART.fullmatch(key) and key not in taken_in),
         latest=latest,
         earlier=earlier,
-        replaced=tuple(key for key in found if key in taken_in),
-        abandoned=tuple(key for key in compacted if key not in {*latest, *earlier, *taken_in}),
+        replaced=tuple(key for key in keys if key in taken_in),
+        abandoned=tuple(key for key in keys if COMPACTED_PART.fullmatch(key) and key not in counted | taken_in),
         generation=max(generations, default=0),
         damaged_pointers=tuple(damaged_pointers),
     )
 
 
-def connect(output: Store, parts: Parts | None = None) -> duckdb.DuckDBPyConnection:
+def connect(output: Store, parts: Parts | None = None, *, spill: str | None = None) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the views `results` and `attempts` over the output's manifest, as it is now.
 
-    `attempts` has every row; `results` the latest of each image and variant. Raises NoManifestError if
-    there is no part yet, ManifestError if one cannot be read.
+    `attempts` has every row, `results` the latest of each image and variant. spill: a folder for what does not
+    fit into `MEMORY_LIMIT`; without one, memory is not limited. Raises NoManifestError if there is no part yet,
+    ManifestError if one cannot be read.
     """
     parts = list_parts(output) if parts is None else parts
     if not parts.all:
         raise NoManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
     connection = duckdb.connect()
+    if spill is not None:
+        connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+        connection.execute("set temp_directory = ?", [spill])
     try:
         _create_views(connection, output, parts)
     except duckdb.Error as error:
@@ -246,45 +255,64 @@ def connect(output: Store, parts: Parts | None = None) -> duckdb.DuckDBPyConnect
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: Parts) -> None:
+    """The views. Each reads all its files in one scan, because DuckDB hangs when it streams a union of joins.
+
+    That is duckdb/duckdb#22215: planning over a compacted manifest of a million rows stood still for ever.
+    """
     connection.execute("set timezone = 'UTC'")
     if not output.is_local:
         connection.register_filesystem(output.fs)
     connection.register("_schema", SCHEMA.empty_table())
-    connection.execute("create table no_rows as from _schema")  # columns that no part has yet
-    for name in ("loose", "latest", "earlier"):
-        keys = getattr(parts, name)
+    connection.execute("create table no_rows as select *, 0::bigint as _file, 0::bigint as _row from _schema")
+    num_loose, num_counting = len(parts.loose), len(parts.loose) + len(parts.latest)
+    scans = {
+        "every": (parts.all, 0),
+        "counting": ((*parts.loose, *parts.latest), 0),
+        "loose": (parts.loose, 0),
+        "latest": (parts.latest, num_loose),
+        "earlier": (parts.earlier, num_counting),
+    }
+    for name, (keys, first) in scans.items():
         connection.execute(f"set variable {name} = ?", [[output.uri(key) for key in keys]])
-        files = f"union all by name from read_parquet(getvariable('{name}'), union_by_name = true)" if keys else ""
-        connection.execute(f"create view {name}_rows as from no_rows {files}")
+        files = f"read_parquet(getvariable('{name}'), union_by_name = true)"
+        place = f"(file_index + {first})::bigint as _file, file_row_number as _row"  # _file: number in `parts.all`
+        rows = f"union all by name select *, {place} from {files}" if keys else ""
+        connection.execute(f"create view {name}_rows as from no_rows {rows}")  # no_rows: columns that no part has
+    compared = "select _file, _row, image_key, variant, generation, finished_at, attempt, run_id from loose_rows"
+    if parts.latest:  # after a compaction only the images that came since must be compared
+        compared += f" union all {compared.replace('loose', 'latest')} semi join loose_rows using (image_key, variant)"
+    connection.execute(f"create view newly_outdated as select _file, _row from ({compared}) {_OUTDATED}")
     connection.execute(
-        """create view attempts as
-        from loose_rows union all by name from latest_rows union all by name from earlier_rows"""
+        """create view results as select * exclude (_file, _row)
+        from counting_rows anti join newly_outdated using (_file, _row)"""
     )
-    connection.execute(f"create view results as {_results_sql(parts)}")
-    # A query reads the manifest and nothing else, of this machine neither.
-    quoted = output.uri(PREFIX).replace("'", "''")
+    connection.execute(
+        """create view outdated as select * exclude (_file, _row) from every_rows
+        semi join (from newly_outdated union all select _file, _row from earlier_rows) using (_file, _row)"""
+    )
+    connection.execute("create view attempts as select * exclude (_file, _row) from every_rows")
+    connection.register("_columns", column_table())
+    connection.execute("create table columns as from _columns")
+    # From here on a query can read the manifest and no other file.
+    quoted = output.uri(MANIFEST).replace("'", "''")
     connection.execute(f"set allowed_directories = ['{quoted}']")
     connection.execute("set enable_external_access = false")
 
 
-def _results_sql(parts: Parts) -> str:
-    """The latest rows. Of a compacted manifest only the keys that came since must be compared."""
-    if not parts.latest:
-        return f"select * from loose_rows {_LATEST}"
-    if not parts.loose:
-        return "select * from latest_rows"
-    return f"""select * from latest_rows anti join loose_rows using (image_key, variant)
-        union all by name select * from (
-            from loose_rows union all by name select * from latest_rows semi join loose_rows using (image_key, variant)
-        ) {_LATEST}"""
+_DESCRIBE = re.compile(r"\s*(?:describe|desc|show)\s+(results|attempts)\s*;?\s*", re.IGNORECASE)
 
 
 def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
-    """The answer to one SELECT over `results` and `attempts`.
+    """The answer to one SELECT over the views `results` and `attempts`, or to `describe results`.
 
-    Raises ManifestError for anything but a single query, and for one that DuckDB refuses.
+    The description has a row per column: its type, unit, meaning, and the schema version that it came with; it
+    is also the table `columns`. Raises ManifestError for anything but a single query, and for one that DuckDB
+    refuses.
     """
     connection = connect(output)
+    if described := _DESCRIBE.fullmatch(sql):
+        sql = f"""select column_name as "column", column_type as type, unit, description, since
+            from (describe {described.group(1)}) join columns using (column_name) order by position"""
     try:
         statements = connection.extract_statements(sql)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
@@ -292,6 +320,79 @@ def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
         return connection.sql(sql).execute()
     except duckdb.Error as error:
         raise ManifestError(str(error)) from error
+
+
+def column_table() -> pa.Table:
+    """The columns of the manifest: name, unit, description, and the schema version that each came with."""
+    names = ("position", "column_name", "unit", "description", "since")
+    rows = [(number, c.name, c.unit or None, c.description, c.since) for number, c in enumerate(_COLUMNS, 1)]
+    return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+
+
+# ------------------------------------------------------------------ published results
+
+
+def publish_results(output: Store) -> None:
+    """Write the view `results` to `results.parquet`, unless that file has the rows of these very parts already.
+
+    Sorted by image_key and variant, with the schema's field metadata, and of the file: schema version, number
+    of rows, generation (of the last run whose rows it has), written_at (UTC), and a digest of the parts' names.
+    It appears by one PUT; rows are streamed, and what does not fit into `MEMORY_LIMIT` is sorted on disk.
+
+    Runs, repairs and compactions call this after they have ended. Two at once may overtake each other, so each
+    lists the parts again after its PUT. If there are new ones it writes again, unless a run is open: that run
+    will call this at its own end.
+    """
+    while True:
+        parts = list_parts(output)
+        if not parts.all:
+            output.delete(RESULTS)
+            return
+        digest = hashlib.sha256("\n".join((str(SCHEMA_VERSION), *parts.all)).encode()).hexdigest()
+        if _published_digest(output) == digest:
+            return
+        try:
+            _write_results(output, parts, digest)
+        except (duckdb.Error, OSError):
+            if list_parts(output).all == parts.all:
+                raise
+            continue  # two compactions have ended meanwhile, and the second has deleted what was being read
+        if list_parts(output).all == parts.all or is_run_open(output):
+            return
+
+
+def _write_results(output: Store, parts: Parts, digest: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="diffcolor-results-") as spill, output.replacing(RESULTS) as file:
+        connection = connect(output, parts, spill=spill)
+        batches = connection.execute("from results order by image_key, variant").to_arrow_reader(ROWS_PER_GROUP)
+        num_rows = generation = 0
+        with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+            for batch in batches:
+                writer.write_table(_typed(batch))
+                num_rows += batch.num_rows
+                generation = max(generation, pc.max(batch["generation"]).as_py() or 0)
+            facts = {"rows": num_rows, "generation": generation, "written_at": datetime.now(UTC).isoformat()}
+            facts |= {"schema_version": SCHEMA_VERSION, "parts_sha256": digest}
+            writer.add_key_value_metadata({f"diffcolor.{name}": str(value) for name, value in facts.items()})
+        connection.close()
+
+
+def _typed(batch: pa.RecordBatch) -> pa.Table:
+    """DuckDB's rows as `SCHEMA` has them."""
+    return pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
+
+
+def _published_digest(output: Store) -> str | None:
+    """Which parts `results.parquet` was written from; None if it is not there, or cannot be read."""
+    try:
+        with output.open(RESULTS) as file:
+            metadata = pq.read_metadata(file).metadata or {}
+    except (FileNotFoundError, pa.lib.ArrowException):
+        return None
+    return metadata.get(b"diffcolor.parts_sha256", b"").decode() or None
+
+
+# ------------------------------------------------------------------ compaction
 
 
 @dataclass(frozen=True)
@@ -305,49 +406,52 @@ class Compaction:
 
 
 def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
-    """Write all rows anew into few parts sorted by image, then move the pointer: the same rows before and after.
+    """Copy all rows into few parts sorted by image, move the pointer to them, and publish the results.
 
-    The pointer moves by one conditional PUT of its next number: of several compactions at once one
-    does it, and those before it are never changed. The parts that are now replaced stay for readers that
-    still read them; the next compaction deletes them. Raises ManifestError if there is no manifest, or
-    if another compaction was faster.
+    The rows are the same before and after. The pointer moves by one conditional PUT of its next number, so one
+    of several compactions at once succeeds. Replaced parts stay for readers that have opened them; the next
+    compaction deletes them. Raises ManifestError if there is no manifest, or if another compaction was faster.
     """
     parts = list_parts(output)
-    connection = connect(output, parts)
     generation = parts.generation + 1
-    folder = f"{PREFIX}/compacted-{generation:06d}-{secrets.token_hex(4)}"
+    folder = compaction(generation, secrets.token_hex(4))
     written: dict[str, list[str]] = {"latest": [], "earlier": []}
     rows = 0
-    try:
-        for name, sql in (("latest", "from results"), ("earlier", f"select * from attempts {_EARLIER}")):
-            reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
-            for number, batch in enumerate(reader):
-                sink = io.BytesIO()
-                table = pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
-                pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=25_000)
-                written[name].append(f"{folder}/{name}-{number:05d}.parquet")
-                output.write(written[name][-1], sink.getvalue())
-                rows += batch.num_rows
-    except (duckdb.Error, OSError):
-        if list_parts(output).generation < generation:
-            raise
-        overtaken = True  # the parts that were read here are deleted by now
-    else:
-        # What this compaction has not read counts on: only the parts listed above are replaced.
-        overtaken = not _move_pointer(output, generation, replaced=[*parts.all, *parts.replaced], **written)
+    with tempfile.TemporaryDirectory(prefix="diffcolor-compact-") as spill:
+        connection = connect(output, parts, spill=spill)
+        try:
+            for name, sql in (("latest", "from results"), ("earlier", "from outdated")):
+                reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
+                for number, batch in enumerate(reader):
+                    sink = io.BytesIO()
+                    options = {"compression": "zstd", "write_page_checksum": True, "row_group_size": ROWS_PER_GROUP}
+                    pq.write_table(_typed(batch), sink, **options)
+                    written[name].append(f"{folder}/{name}-{number:05d}.parquet")
+                    output.write(written[name][-1], sink.getvalue())
+                    rows += batch.num_rows
+        except (duckdb.Error, OSError):
+            if list_parts(output).generation < generation:
+                raise
+            overtaken = True  # the parts that were being read have been deleted
+        else:
+            # Only the parts listed above are replaced: parts committed since keep counting.
+            overtaken = not _move_pointer(output, generation, replaced=[*parts.all, *parts.replaced], **written)
+        connection.close()
     if overtaken:
         for key in (*written["latest"], *written["earlier"]):
             output.delete(key)
         raise ManifestError(f"another compaction of {output.url!r} was faster: this one has changed nothing")
     for key in (*parts.replaced, *(key for key in parts.abandoned if _generation_of(key) < generation)):
         output.delete(key)
+    publish_results(output)
     return Compaction(len(parts.all), sum(map(len, written.values())), rows, len(parts.replaced))
 
 
 def forget_part(output: Store, key: str) -> None:
-    """Move the pointer, if it names `key`: back to what its compaction has replaced, where all of that is still there.
+    """Make the manifest readable without the compacted part `key`.
 
-    Else to the same parts but `key`.
+    If everything that its compaction replaced is still there, that counts again and no row is lost. Otherwise
+    the pointer moves on to the same parts without `key`. A loose part is left alone.
     """
     parts = list_parts(output)
     if key not in (*parts.latest, *parts.earlier):
@@ -358,7 +462,7 @@ def forget_part(output: Store, key: str) -> None:
 
 
 def _before_compaction(output: Store, parts: Parts) -> Parts | None:
-    """The compacted parts as they were before the last compaction, if all that it has replaced is still there."""
+    """The compacted parts before the last compaction; None unless all that it replaced is still there."""
     try:
         before, record = (_read_pointer(output, parts.generation - back) for back in (1, 0))
     except (ValueError, FileNotFoundError):  # a pointer that cannot be read
@@ -373,24 +477,20 @@ def _before_compaction(output: Store, parts: Parts) -> Parts | None:
 def _move_pointer(
     output: Store, generation: int, latest: Sequence[str], earlier: Sequence[str], replaced: Sequence[str]
 ) -> bool:
-    """Whether it was this call that has made the pointer of this number."""
+    """Create the pointer of this number; False if another compaction has created it first."""
     record = {"latest": latest, "earlier": earlier, "replaced": replaced}
-    return output.create(_pointer(generation), json.dumps(record).encode())
+    return output.create(pointer(generation), json.dumps(record).encode())
 
 
 def _read_pointer(output: Store, generation: int) -> dict[str, list[str]]:
-    """What it names; nothing before the first. Raises ValueError if it is damaged."""
-    record = json.loads(output.read(_pointer(generation))) if generation else {}
+    """The parts that a pointer names; nothing before the first. Raises ValueError if it is damaged."""
+    record = json.loads(output.read(pointer(generation))) if generation else {}
     if not isinstance(record, dict):
-        raise ValueError(f"{_pointer(generation)!r} is no record")
+        raise ValueError(f"{pointer(generation)!r} is not a JSON object")
     return record
 
 
-def _pointer(generation: int) -> str:
-    return f"{PREFIX}/compacted-{generation:06d}.json"
-
-
 def _generation_of(key: str) -> int:
-    match = _COMPACTED.fullmatch(key)
+    match = COMPACTED_PART.fullmatch(key)
     assert match is not None, key
     return int(match.group(1))

@@ -22,17 +22,9 @@ import pyarrow as pa
 
 from diffcolor_core._version import METHOD_VERSION
 from diffcolor_core.config import Settings
-from tasks.archive import (
-    CatalogError,
-    CatalogRow,
-    ImageWork,
-    MissingImageError,
-    MissingPromptError,
-    Variant,
-    is_image_key,
-    variant_name,
-)
-from tasks.manifest import MISSING_OUTPUT, NoManifestError, connect
+from tasks.archive import CatalogRow, ImageWork, Variant, is_image_key, variant_name
+from tasks.errors import CatalogError, MissingImageError, MissingPromptError, NoManifestError
+from tasks.manifest import MISSING_OUTPUT, connect
 from tasks.storage import Store
 
 

@@ -1,16 +1,19 @@
-"""A folder on any filesystem that fsspec knows: local, S3, GCS, ..."""
+"""A folder on any filesystem that fsspec knows: local, S3, GCS, the inside of a zip or tar file, ..."""
 
 import errno
 import hashlib
+import lzma
 import os
 import posixpath
-import re
 import socket
 import stat
-import time
-import unicodedata
+import tarfile
+import tempfile
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
@@ -19,20 +22,20 @@ from typing import IO, Any, TypeVar, cast
 
 import fsspec
 import psutil
+from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from tasks.errors import InvalidKeyError, NoConditionalPutError, OversizeError, UnsafeFileError
+from tasks.layout import PROBE, TEMPORARY
+
 T = TypeVar("T")
 NUM_TRIES = 6
-CLAIM_SECONDS = 2.0
-"""How long a claim on a key stands before it is used, on stores without a conditional PUT."""
-TEMPORARY = ".tmp"
-"""Folder of a local store for files that are not whole yet."""
-PROBE = "probe-"
-"""How keys begin that are written only to see what a store does with them."""
+SINGLE_PUT_BYTES = 64 * 2**20
+"""A larger file is uploaded in parts, so that it is not held in memory."""
 PROBE_LIFE = timedelta(hours=1)
-"""A probe that is older was left by a process that is dead: all its tries take minutes."""
-_LASTING = (
+"""An older probe belongs to a dead process: a living one needs minutes at most, retries included."""
+_PERMANENT = (
     FileNotFoundError,
     FileExistsError,
     PermissionError,
@@ -42,19 +45,18 @@ _LASTING = (
     TypeError,
     ValueError,
 )
-_LASTING_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTSUP}
-
-
-class InvalidKeyError(ValueError):
-    """A key that would leave the store's root, or that no store can hold."""
-
-
-class UnsafeFileError(PermissionError):
-    """What lies at a key of a local store leads out of its root, or is no file that can be read to its end."""
-
-
-class OversizeError(ValueError):
-    """A file larger than what is read at once."""
+_PERMANENT_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTSUP}
+_DAMAGED_MEMBER = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    KeyError,  # a link in a tar file to nothing
+    AttributeError,  # a pipe or device in a tar file: tarfile returns None
+    NotImplementedError,  # a compression that zipfile does not know
+    RuntimeError,  # an encrypted member
+)
+"""What zipfile, tarfile and fsspec raise when one file inside an archive file cannot be read."""
 
 
 def check_key(key: str) -> str:
@@ -70,12 +72,20 @@ def check_key(key: str) -> str:
 
 
 def printable(name: str) -> str:
-    """`name` itself, or, if it is not Unicode, escaped: with backslashes, so that no file is taken for it."""
+    """`name` itself; a name that is not Unicode, escaped with backslashes, so that it cannot pass for another file."""
     return name.encode(errors="backslashreplace").decode()
 
 
+def joined(address: str, key: str) -> str:
+    """The address of `key` below the folder `address`: in "zip://folder::scans.zip" the key goes before the "::"."""
+    head, chained, rest = address.partition("::")
+    if not chained or "://" not in head:
+        return f"{address.rstrip('/')}/{key}"
+    return f"{head if head.endswith('://') else head.rstrip('/') + '/'}{key}::{rest}"
+
+
 def this_machine() -> str:
-    """What must be equal for a process number to mean the same process: machine, its start, container."""
+    """Names this machine, its last boot and its container: within them a process number means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -83,21 +93,21 @@ def this_machine() -> str:
         return socket.gethostname()
 
 
-def slug(text: str, limit: int = 60) -> str:
-    """`text` as a file name part: ASCII letters, digits, '.', '_' and '-', never empty or starting with '.'."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip(".-_")[:limit].rstrip(".-_") or "image"
-
-
 @dataclass(frozen=True)
 class Store:
-    """The folder `root` on the filesystem `fs`; keys are relative paths below it, with "/"."""
+    """The folder `root` on the filesystem `fs`; keys are relative paths below it, with "/".
+
+    url: a path or any fsspec URL; "zip://::scans.zip" and "tar://folder::s3://museum/scans.tar" are the
+    inside of archive files, which are read-only.
+    """
 
     url: str
 
     @cached_property
     def _located(self) -> tuple[Any, str]:
         fs, root = fsspec.core.url_to_fs(self.url)
+        if isinstance(fs, AbstractArchiveFileSystem) and not root and fs.isdir("."):
+            root = "."  # as `tar -c .` names its files
         return fs, root.rstrip("/")
 
     @property
@@ -116,13 +126,27 @@ class Store:
         return isinstance(self.fs, LocalFileSystem)
 
     @property
+    def is_archive_file(self) -> bool:
+        """Whether the folder is inside a zip or tar file."""
+        return isinstance(self.fs, AbstractArchiveFileSystem)
+
+    @property
     def address(self) -> str:
-        """The folder's own full address: a local one's path from the root of the file system."""
-        return self.root if self.is_local else self.url
+        """The folder's full address, which holds in every working directory of this machine."""
+        if self.is_local:
+            return self.root
+        if not self.is_archive_file:
+            return self.url
+        _, *chain = self.url.split("::")
+        if "://" not in chain[-1]:
+            chain[-1] = os.path.abspath(chain[-1])
+        return "::".join((f"{self.url.partition('://')[0]}://{self.root}", *chain))
 
     def uri(self, key: str) -> str:
         """The full address of a key: a path for a local folder, else a URL."""
-        path = posixpath.join(self.root, check_key(key))
+        path = self._join(check_key(key))
+        if self.is_archive_file:
+            return joined(self.address, key)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
     def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
@@ -130,7 +154,7 @@ class Store:
         path = self._readable(key)
         if max_bytes is not None and (size := self.size(key)) > max_bytes:
             raise OversizeError(f"{key!r} has {size} bytes, the limit is {max_bytes}")
-        return self.patiently(lambda: bytes(self.fs.cat_file(path)))
+        return self.patiently(lambda: self._unpacked(key, lambda: bytes(self.fs.cat_file(path))))
 
     def size(self, key: str) -> int:
         """Bytes of the file at `key`. Raises FileNotFoundError."""
@@ -140,7 +164,20 @@ class Store:
     def open(self, key: str) -> IO[bytes]:
         """The file at `key` for reading as a stream. Raises FileNotFoundError."""
         path = self._readable(key)
-        return self.patiently(lambda: cast(IO[bytes], self.fs.open(path, "rb")))
+        self.fs.invalidate_cache()  # of sizes and ETags: the file may have been replaced
+        return self.patiently(lambda: self._unpacked(key, lambda: cast(IO[bytes], self.fs.open(path, "rb"))))
+
+    def _unpacked(self, key: str, call: Callable[[], T]) -> T:
+        """`call()`. A file of a zip or tar that cannot be read raises UnsafeFileError: trying again does not help."""
+        try:
+            return call()
+        except _DAMAGED_MEMBER as error:
+            encrypted = "encrypted" in str(error)
+            if not self.is_archive_file or (type(error) is RuntimeError and not encrypted):
+                raise
+            raise UnsafeFileError(
+                f"{key!r} cannot be unpacked from {self.url!r} ({type(error).__name__}: {error}): pack it anew"
+            ) from error
 
     def write(self, key: str, data: bytes) -> None:
         """Put `data` at `key` as a whole: a reader sees the old bytes or the new ones, never a part."""
@@ -148,27 +185,50 @@ class Store:
         if not self.is_local:
             self.patiently(lambda: self.fs.pipe_file(path, data))
             return
-        temporary = self._write_temporary(path, data)
-        os.replace(temporary, path)
+        with self._temporary_file(path) as file:
+            file.write(data)
+            _flush(file)
+            os.replace(file.name, path)
+
+    @contextmanager
+    def replacing(self, key: str) -> Iterator[IO[bytes]]:
+        """A file to write to, which takes the place of `key` as a whole when the context ends without an error.
+
+        It is written to a disk of this machine first, so it may be larger than memory.
+        """
+        path = self._path(key)
+        if self.is_local:
+            with self._temporary_file(path) as file:
+                yield file
+                _flush(file)
+                os.replace(file.name, path)
+            return
+        with tempfile.NamedTemporaryFile(prefix="diffcolor-") as file:
+            yield file
+            file.flush()
+            if os.path.getsize(file.name) <= SINGLE_PUT_BYTES:
+                self.write(key, Path(file.name).read_bytes())
+            else:  # a multipart upload, which also appears as a whole
+                self.patiently(lambda: self.fs.put_file(file.name, path))
 
     def create(self, key: str, data: bytes) -> bool:
         """Put `data` at `key` only if nothing is there; whether it was put.
 
-        One conditional PUT on object stores that have it, else a claim that costs `CLAIM_SECONDS`. A
-        PUT whose answer was lost and that is sent again finds its own bytes there: that counts as put.
+        One conditional PUT on an object store, a hard link on a local disk. A PUT whose answer was lost and
+        that is sent again finds its own bytes there: that counts as put. Raises NoConditionalPutError, before
+        anything is written, on a store that ignores the condition.
         """
         path = self._path(key)
         if self.is_local:
-            temporary = self._write_temporary(path, data)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(temporary)
-            return True
-        if not _has_conditional_put(self.url):
-            return self._create_by_claim(key, data)
+            with self._temporary_file(path) as file:
+                file.write(data)
+                _flush(file)
+                try:
+                    os.link(file.name, path)
+                except FileExistsError:
+                    return False
+                return True
+        _require_conditional_put(self.url)
         tries = 0
 
         def put() -> bool:
@@ -180,7 +240,7 @@ class Store:
         return won or (tries > 1 and self.read(key) == data)
 
     def probe_conditional_put(self) -> bool:
-        """Whether this object store refuses a second PUT to a key on demand: found out by two that must differ."""
+        """Whether this object store refuses a second PUT to a key on demand. Costs two PUTs and a DELETE."""
         key = f"{PROBE}{uuid.uuid4().hex}"
         self.write(key, b"probe")
         try:
@@ -199,33 +259,6 @@ class Store:
             raise
         return True
 
-    def _create_by_claim(self, key: str, data: bytes) -> bool:
-        """For stores without a conditional PUT: of those who claim the key at one time the first by name puts.
-
-        Holds as long as a PUT and a listing take less than `CLAIM_SECONDS`. Claims that a killed
-        process has left are known by outliving twice that.
-        """
-        old = self._claims(key)
-        if old:
-            time.sleep(2 * CLAIM_SECONDS)
-            for claim in old & self._claims(key):
-                self.delete(claim)
-        mine = f"{key}.claim-{uuid.uuid4().hex}"
-        if self.has(key):
-            return False
-        self.write(mine, b"")
-        try:
-            time.sleep(CLAIM_SECONDS)
-            if self.has(key) or min(self._claims(key), default=None) != mine:
-                return False
-            self.write(key, data)
-            return True
-        finally:
-            self.delete(mine)
-
-    def _claims(self, key: str) -> set[str]:
-        return {found for found, _ in self.walk(posixpath.dirname(key)) if found.startswith(f"{key}.claim-")}
-
     def delete(self, key: str) -> None:
         """Remove the file at `key`, if it is there."""
         path = self._path(key)
@@ -241,9 +274,12 @@ class Store:
         self.fs.invalidate_cache()
         return self.patiently(lambda: bool(self.fs.exists(path)))
 
+    def _join(self, key: str) -> str:
+        return posixpath.join(self.root, key)
+
     def _path(self, key: str) -> str:
         """Where `key` is. Raises UnsafeFileError if symbolic links of a local store lead out of its root."""
-        path = posixpath.join(self.root, check_key(key))
+        path = self._join(check_key(key))
         if self.is_local:
             root, real = os.path.realpath(self.root), os.path.realpath(path)
             if os.path.commonpath([root, real]) != root:
@@ -253,7 +289,7 @@ class Store:
         return path
 
     def _readable(self, key: str) -> str:
-        """Where the file `key` is. A pipe or device could be read for ever: raises UnsafeFileError."""
+        """Where the file `key` is. Raises UnsafeFileError for a pipe or device, which has no end."""
         path = self._path(key)
         if not self.is_local:
             return path
@@ -261,16 +297,16 @@ class Store:
             mode = os.stat(path).st_mode
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
-                raise UnsafeFileError(f"{path!r} is a symbolic link to nothing: remove it, or mend it") from error
+                raise UnsafeFileError(f"{path!r} is a broken symbolic link: remove it, or mend it") from error
             raise
         if not stat.S_ISREG(mode):
-            raise UnsafeFileError(f"{path!r} is no file but a folder (or a link to one), a pipe, a socket or a device")
+            raise UnsafeFileError(f"{path!r} is not a file but a folder (or a link to one), a pipe, socket or device")
         return path
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """`call()`, tried again with growing random pauses while the store has trouble that may pass.
+        """`call()`, retried with growing random pauses while the store has trouble that may pass.
 
-        An object store's PermissionError is raised anew, with the server's own word for it and what to check.
+        When an object store denies access, the PermissionError gives the server's reason and what to check.
         """
         if self.is_local:
             return call()
@@ -280,29 +316,31 @@ class Store:
         )
         try:
             return tries(call)
+        except UnsafeFileError:
+            raise
         except PermissionError as error:
             raise PermissionError(
                 f"{self.url!r} refuses a request ({error.__cause__ or error}): check the credentials, what they "
                 "allow, and this machine's clock"
             ) from error
 
-    def _write_temporary(self, path: str, data: bytes) -> str:
-        """`data` in a file of its own on the same disk, named after this process: see `sweep`."""
+    @contextmanager
+    def _temporary_file(self, path: str) -> Iterator[IO[bytes]]:
+        """A new file on the disk of `path`, named after this process (see `sweep`); gone when the context ends."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(self._path(f"{TEMPORARY}/{_machine_digest()}~{os.getpid()}~{uuid.uuid4().hex}"))
         temporary.parent.mkdir(exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
+                yield file
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
-        return str(temporary)
 
     def sweep(self) -> int:
-        """Delete what dead processes have left: of this machine on a local disk, else probes; how many there were."""
+        """Delete what dead processes have left; how many files there were.
+
+        On a local disk those are the temporary files of this machine's processes, elsewhere old probes.
+        """
         stale = self._stale_temporaries() if self.is_local else self._stale_probes()
         for key in stale:
             self.delete(key)
@@ -316,7 +354,7 @@ class Store:
         try:
             names = [posixpath.basename(str(info["name"])) for info in self._list_folder(self.root)]
             return [name for name in names if name.startswith(PROBE) and self._age(name) > PROBE_LIFE]
-        except FileNotFoundError:  # there is nothing yet, or another sweeps too
+        except FileNotFoundError:  # nothing is there yet, or another process sweeps too
             return []
 
     def _age(self, key: str) -> timedelta:
@@ -324,17 +362,18 @@ class Store:
         return datetime.now(UTC) - self.patiently(lambda: cast(datetime, self.fs.modified(path)))
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, str]]:
-        """(key, version token) of every file below `prefix`, a folder at a time, in no promised order.
+        """(key, version token) of every file below `prefix`, a folder at a time, in no particular order.
 
-        The token changes when the file's content does: an ETag where the store has one, else size
-        and time of last change. Links to folders are not followed: they are listed like files, as are
-        pipes. A name that is not Unicode is listed as `printable`, which is no valid key.
+        The token changes with the file's content: an ETag or checksum where the store has one, else size and
+        time of last change. Links to folders are listed like files, not followed; pipes are listed too. A name
+        that is not Unicode is listed as `printable`, which is no valid key.
         """
         self.fs.invalidate_cache()
-        folders = [posixpath.join(self.root, prefix) if prefix else self.root]
+        start = len(self.root) + 1 if self.root else 0
+        folders = [self._join(prefix) if prefix else self.root]
         while folders:
             folder = folders.pop()
-            if folder == posixpath.join(self.root, TEMPORARY):
+            if folder == self._join(TEMPORARY):
                 continue
             try:
                 infos = self._list_folder(folder)
@@ -346,7 +385,7 @@ class Store:
                     if path != folder:
                         folders.append(path)
                 elif len(path) > len(self.root):
-                    yield printable(path[len(self.root) + 1 :]), _version(info)
+                    yield printable(path[start:]), _version(info)
 
     def _list_folder(self, folder: str) -> Iterable[dict[str, Any]]:
         if self.is_local:  # fsspec would hold a whole folder in memory
@@ -362,10 +401,27 @@ class Store:
         return os.path.isdir(self.root) if self.is_local else bool(self.fs.exists(self.root))
 
 
+def _require_conditional_put(url: str) -> None:
+    """Raise NoConditionalPutError for a store on which two runs could both create the same file."""
+    if Store(url).is_archive_file:
+        raise NoConditionalPutError(f"{url!r} is inside an archive file, which is read-only: name another output")
+    if not _has_conditional_put(url):
+        raise NoConditionalPutError(
+            f"the store of {url!r} ignores the condition of a conditional PUT (If-None-Match): two runs could "
+            "overwrite each other's rows, so nothing is written there. Use a store that honours it, such as AWS S3 or "
+            "Ceph's radosgw, or a local disk, and copy the finished output"
+        )
+
+
 @cache
 def _has_conditional_put(url: str) -> bool:
-    """What the probe says, once a process."""
+    """The probe's answer, once per process."""
     return Store(url).probe_conditional_put()
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _machine_digest() -> str:
@@ -374,9 +430,9 @@ def _machine_digest() -> str:
 
 def is_transient(error: BaseException) -> bool:
     """Whether a store's error may pass: anything but "not there", "not allowed", "full" and the like."""
-    if isinstance(error, _LASTING) or not isinstance(error, Exception):
+    if isinstance(error, _PERMANENT) or not isinstance(error, Exception):
         return False
-    return not (isinstance(error, OSError) and error.errno in _LASTING_ERRNO)
+    return not (isinstance(error, OSError) and error.errno in _PERMANENT_ERRNO)
 
 
 def _is_precondition(error: OSError) -> bool:
@@ -386,11 +442,11 @@ def _is_precondition(error: OSError) -> bool:
 
 
 def _local_info(entry: os.DirEntry[str]) -> dict[str, Any] | None:
-    """What is listed of a file; None if it is gone meanwhile."""
+    """What a listing says of a file; None if the file is gone by now."""
     try:
         try:
             status = entry.stat()
-        except OSError:  # a link to nothing
+        except OSError:  # a broken link
             status = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
@@ -399,6 +455,7 @@ def _local_info(entry: os.DirEntry[str]) -> dict[str, Any] | None:
 
 
 def _version(info: dict[str, Any]) -> str:
+    """The version token of a listed file. (CRC: of a file in a zip.)"""
     tag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
-    changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("last_modified") or ""
-    return str(tag).strip('"') if tag else f"{info.get('size')}-{changed}"
+    changed = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("last_modified")
+    return str(tag).strip('"') if tag else f"{info.get('size')}-{changed or info.get('CRC') or ''}"

@@ -1,8 +1,7 @@
-"""Does an output hold what its manifest says? And the repair: what is missing is queued again."""
+"""Compares an output's files with its manifest, and queues again what is missing or changed."""
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,36 +12,31 @@ import pyarrow as pa
 import pyarrow.lib
 import pyarrow.parquet as pq
 
+from tasks.errors import UnsafeFileError
+from tasks.layout import EXPIRED, FIT_FILES, RESULTS, damaged, is_record, key_of, repair_name
 from tasks.lease import hold_output
 from tasks.manifest import (
     MISSING_OUTPUT,
-    POINTER,
     SCHEMA,
     Parts,
     commit_part,
     connect,
     forget_part,
     list_parts,
+    publish_results,
 )
-from tasks.storage import Store, UnsafeFileError
+from tasks.storage import Store
 
-DAMAGED = "damaged"
-"""Folder for what is not what it must be any more: manifest parts and pictures."""
-FIT_FILES = ("fit.safetensors", "fit.json")
-"""Of a kept fit, in the order in which they are written."""
-EXPIRED = "expired"
-"""File that says that a fit was deleted on purpose."""
 FILES = ("output", "access", "primary")
-"""What a row names as <file>_uri, with its hash as <file>_sha256."""
-_RECORDS = re.compile(r"runs/\d{6}\.(json|beat|end)|manifest/[^/]+\.parquet|damaged/.*")
+"""The files of a row: each is named by <file>_uri, its hash is <file>_sha256."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something that is not as the manifest says.
 
-    kind: damaged part, missing, changed, missing fit, damaged fit, extra or double row. row: what is
-    done again to mend it.
+    kind: damaged part, damaged results, missing, changed, missing fit, damaged fit, extra or double row. row:
+    the manifest row whose work is done again to mend it.
     """
 
     kind: str
@@ -52,18 +46,20 @@ class Finding:
 
 
 def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
-    """Everything that is wrong with an output, part by part, row by row, file by file.
+    """Everything that is wrong with an output: its parts, then its rows and their files, then its other files.
 
-    read_files: compare the hash of every file that a row names, else its existence alone. Raises
-    NoManifestError if there is no manifest at all.
+    read_files: compare the hash of every file that a row names, not only its existence. Raises NoManifestError
+    if there is no manifest at all.
     """
-    parts, damaged = _check_parts(output)
-    for key, reason in damaged.items():
+    parts, damage = _check_parts(output)
+    for key, reason in damage.items():
         yield Finding("damaged part", key, reason)
-    parts = parts.without(damaged)
-    connection = None if damaged and not parts.all else connect(output, parts)
+    parts = parts.without(damage)
+    connection = None if damage and not parts.all else connect(output, parts)
     there = {key for key, _ in output.walk()}
-    known: set[str] = {*parts.all, *parts.replaced, *damaged}
+    if RESULTS in there and (broken := _damage(output.read(RESULTS))):
+        yield Finding("damaged results", RESULTS, broken)
+    known: set[str] = {*parts.all, *parts.replaced, *damage}
     if connection is not None:
         yield from _double_rows(connection)
         hashes = _known_files(connection)
@@ -71,16 +67,14 @@ def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
         yield from _wrong_fits(output, connection, there, read_files)
         known |= hashes.keys() | _known_fit_files(connection)
     for key in sorted(there - known):
-        if not _RECORDS.fullmatch(key) and not POINTER.fullmatch(key):
-            yield Finding(
-                "extra", key, "nothing in the manifest names it: left by a process that was killed, or put there"
-            )
+        if not is_record(key):
+            yield Finding("extra", key, "no row names it: a killed process left it, or somebody put it there")
 
 
 def _check_parts(output: Store) -> tuple[Parts, dict[str, str]]:
-    """The parts as they are now, and what is wrong with those that cannot be read. A store in trouble raises."""
+    """The parts as they are now, and what is wrong with each that cannot be read. A store in trouble raises."""
     parts = list_parts(output)
-    damaged = dict.fromkeys(parts.damaged_pointers, "it does not name the parts of its compaction")
+    damage = dict.fromkeys(parts.damaged_pointers, "it does not name the parts of its compaction")
     for key in parts.all:
         try:
             reason = _damage(output.read(key))
@@ -89,17 +83,18 @@ def _check_parts(output: Store) -> tuple[Parts, dict[str, str]]:
                 return _check_parts(output)
             reason = "it is gone, but the manifest's pointer names it"
         if reason is not None:
-            damaged[key] = reason
-    return parts, damaged
+            damage[key] = reason
+    return parts, damage
 
 
 def _damage(data: bytes) -> str | None:
+    """Why these bytes are not a table of manifest rows; None if they are one."""
     try:
         part = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         for field in SCHEMA:
             index = part.schema_arrow.get_field_index(field.name)
             if not field.nullable if index < 0 else part.schema_arrow.field(index).type != field.type:
-                return f"it is no part of a manifest: its column {field.name!r} is not there, or of another type"
+                return f"it is not part of a manifest: column {field.name!r} is missing or has another type"
         for number in range(part.num_row_groups):
             part.read_row_group(number)
     except (pyarrow.lib.ArrowException, OSError) as error:
@@ -116,7 +111,7 @@ def _double_rows(connection: Any) -> Iterator[Finding]:
 
 
 def _known_files(connection: Any) -> dict[str, str | None]:
-    """Every file that a row names, with its hash by the latest row that has one."""
+    """Every file that a row names, with its hash according to the latest row that has one."""
     named = connection.execute(
         f"""select unnest([{", ".join(f"{file}_uri" for file in FILES)}]) as uri,
             unnest([{", ".join(f"{file}_sha256" for file in FILES)}]) as sha256
@@ -157,7 +152,7 @@ def _wrong_files(
 
 
 def sha256_of(output: Store, key: str) -> str | None:
-    """Hash of the file at `key`; None if there is none that can be read."""
+    """Hash of the file at `key`; None if it is missing or must not be read."""
     try:
         return hashlib.sha256(output.read(key)).hexdigest()
     except (FileNotFoundError, UnsafeFileError):
@@ -170,7 +165,7 @@ def _known_fit_files(connection: Any) -> set[str]:
 
 
 def _wrong_fits(output: Store, connection: Any, there: set[str], read_files: bool) -> Iterator[Finding]:
-    """Kept fits that are not there, or not whole, and that nobody has let expire."""
+    """Kept fits that are missing or damaged, except those that were deleted on purpose."""
     cursor = connection.execute(
         """select fit_uri, min(image_key) from results where status = 'ok' and fit_uri is not null
         group by fit_uri order by fit_uri"""
@@ -182,9 +177,9 @@ def _wrong_fits(output: Store, connection: Any, there: set[str], read_files: boo
         if len(missing) == len(keys) and f"{folder}/{EXPIRED}" in there:
             continue
         if missing:
-            yield Finding("missing fit", missing[0], f"of {image!r}: its next new prompt is fitted again")
+            yield Finding("missing fit", missing[0], f"fit of {image!r}: its next new prompt needs a new fit")
         elif read_files and not _is_whole_fit(output, *keys):
-            yield Finding("damaged fit", keys[0], f"of {image!r}: its next new prompt is fitted again")
+            yield Finding("damaged fit", keys[0], f"fit of {image!r}: its next new prompt needs a new fit")
 
 
 def _is_whole_fit(output: Store, tensors_key: str, record_key: str) -> bool:
@@ -194,27 +189,18 @@ def _is_whole_fit(output: Store, tensors_key: str, record_key: str) -> bool:
         return False
 
 
-def key_of(uri: str) -> str:
-    """The key of a file that a row names, wherever the output lay when the row was written."""
-    for folder in ("images", "fits"):
-        head, found, tail = uri.rpartition(f"/{folder}/")
-        if found and head:
-            return f"{folder}/{tail}"
-    return uri
-
-
 def repair(output: Store, findings: list[Finding]) -> int:
-    """Queue again what is missing or changed; the number of variants to do again.
+    """Queue the work again whose files are missing or changed; the number of variants to do again.
 
-    The next run does them, and those whose rows were in the damaged parts. Damaged parts and changed
-    files are set aside, fits that are not whole are given up. Extra files are left. Raises
+    The next run does them, and those whose rows were in damaged parts. Damaged parts and changed files are set
+    aside, damaged fits are deleted, and the results are published anew. Extra files are left alone. Raises
     OutputBusyError while a run is at work.
     """
-    with hold_output(output, {"run_id": "repair"}) as lease:
+    with hold_output(output, {"run_id": "repair"}, after=publish_results) as lease:
         for finding in findings:
             if finding.kind == "damaged part":
                 forget_part(output, finding.key)
-            if finding.kind in ("damaged part", "changed"):
+            if finding.kind in ("damaged part", "damaged results", "changed"):
                 _set_aside(output, finding.key)
             elif finding.kind in ("missing fit", "damaged fit"):
                 _expire(output, finding.key.rpartition("/")[0])
@@ -231,21 +217,21 @@ def repair(output: Store, findings: list[Finding]) -> int:
             if finding.row is not None
         ]
         if rows:
-            commit_part(output, f"{lease.generation:06d}-repair", rows)
+            commit_part(output, repair_name(lease.generation), rows)
         lease.end({"status": "finished", "queued": len(rows)})
     return len(rows)
 
 
 def _set_aside(output: Store, key: str) -> None:
-    """Move a file to `DAMAGED`. A symbolic link out of the output stays: the next write names it."""
+    """Move a file to `damaged/`. A symbolic link out of the output stays: the next write names it."""
     with suppress(FileNotFoundError, UnsafeFileError):
-        output.write(f"{DAMAGED}/{key}", output.read(key))
+        output.write(damaged(key), output.read(key))
         output.delete(key)
 
 
 @dataclass(frozen=True)
 class Expiry:
-    """Fits that were deleted, and their bytes."""
+    """How many fits were deleted, and their bytes."""
 
     num_fits: int
     num_bytes: int
@@ -267,7 +253,7 @@ def expire_fits(output: Store, older_than_days: float) -> Expiry:
 
 
 def _expire(output: Store, folder: str) -> bool:
-    """Delete a fit and leave word of it; whether there was anything."""
+    """Delete a fit and leave `expired` in its place; whether there was a fit."""
     there = {key for key, _ in output.walk(folder)}
     marker = f"{folder}/{EXPIRED}"
     if marker not in there:

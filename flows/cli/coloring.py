@@ -242,8 +242,7 @@ def _run_flow(flow: Any, *, output: str, **parameters: Any) -> None:
     """Run a flow in this process, print its summary, end with its exit code."""
     from flows.local_prefect import embed_prefect
     from flows.stopping import stoppable
-    from tasks.archive import CatalogError
-    from tasks.manifest import ManifestError
+    from tasks.errors import CatalogError, ManifestError
 
     embed_prefect()
     with stoppable() as stop:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -75,7 +76,7 @@ def fail(error: Exception | str, code: int) -> typer.Exit:
 @contextmanager
 def errors_told() -> Iterator[None]:
     """Errors in a line: exit code 2 for what was asked wrongly (no manifest there, a query, a URL), 1 for the rest."""
-    from tasks.lease import OutputBusyError
+    from tasks.errors import OutputBusyError
 
     try:
         yield
@@ -89,7 +90,11 @@ def errors_told() -> Iterator[None]:
 
 def print_table(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Rows under their column names. What they hold is shown, never obeyed: no markup, no control characters."""
-    table = Table(*map(shown, names))
+    rows = list(rows)
+    table = Table()
+    for name, *values in zip(names, *rows, strict=True):
+        widest = max((len(shown(value)) for value in values if isinstance(value, datetime)), default=None)
+        table.add_column(shown(name), overflow="fold", min_width=widest)  # times stay whole, the rest is folded
     for row in rows:
         table.add_row(*map(shown, row))
     console.print(table)

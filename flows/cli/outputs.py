@@ -1,24 +1,31 @@
-"""Commands that read, check and tend what runs have left."""
+"""Commands that read, check and maintain the output of runs."""
 
+import csv
 import json
+import math
 import sys
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date, time
+from itertools import chain
+from typing import Annotated, Any, Literal
 
 import typer
 
 from flows.cli.common import OutputArgument, app, console, errors_told, print_table
+
+_FORMAT_HELP = "How to print: `jsonl` has one JSON object per line. Default: `table` on a terminal, else `jsonl`."
 
 
 @app.command()
 def query(
     output: OutputArgument,
     sql: Annotated[str, typer.Argument(help="One SELECT over the views `results` and `attempts`.")],
-    format: Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print the answer.")] = "table",
+    format: Annotated[Literal["table", "jsonl", "json", "csv"] | None, typer.Option(help=_FORMAT_HELP)] = None,
 ) -> None:
     """Ask the manifest a question in SQL (DuckDB, read-only).
 
-    View `results` has the latest row of each image and variant, `attempts` every row ever written;
-    `describe results` lists the columns.
+    View `results` has the latest row of each image and variant, `attempts` every row ever written. `describe
+    results` lists the columns with their units and meaning.
 
     Example: `diffcolor query out/demo "select image_key, target_prompt, colorfulness from results"`
     """
@@ -27,44 +34,40 @@ def query(
 
     with errors_told():
         relation = ask(Store(output), sql)
-        rows = relation.fetchall()
-    names = relation.columns
-    if format == "json":
-        typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
-    elif format == "csv":
-        import csv
-
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows(rows)
-    else:
-        print_table(names, rows)
+        rows = chain.from_iterable(iter(lambda: relation.fetchmany(1000), []))
+        _print_rows(relation.columns, rows, format)
 
 
 @app.command()
-def status(output: OutputArgument) -> None:
-    """What has been done in OUTPUT: counts by run and status, the errors, the time it took."""
+def status(
+    output: OutputArgument,
+    format: Annotated[Literal["table", "jsonl"] | None, typer.Option(help=_FORMAT_HELP)] = None,
+) -> None:
+    """What has been done in OUTPUT: variants by run and status, the errors, the space that kept fits take.
+
+    Example: `diffcolor status out/demo`
+    """
     from tasks.manifest import query as ask
     from tasks.storage import Store
 
-    questions = (
-        """select run_id as run, status, count(*) as variants, count(distinct image_key) as images,
+    questions = {
+        "run": """select run_id as run, status, count(*) as variants, count(distinct image_key) as images,
                min(started_at)::timestamp(0) as started, max(finished_at)::timestamp(0) as finished,
                avg(total_seconds) as seconds_each
            from results group by all order by started, status""",
-        """select error_class as error, count(*) as variants, any_value(image_key) as for_example,
+        "error": """select error_class as error, count(*) as variants, any_value(image_key) as for_example,
                any_value(error_message) as message
            from results where status <> 'ok' group by all order by variants desc limit 20""",
-        """select count(*) as fits_written, sum(bytes) / 1e6 as megabytes
+        "fits": """select count(*) as fits_written, sum(bytes) / 1e6 as megabytes
            from (select max(fit_bytes) as bytes from attempts where fit_uri is not null group by fit_uri)
            having count(*) > 0""",
-    )
+    }
     with errors_told():
-        for sql in questions:
+        for about, sql in questions.items():
             relation = ask(Store(output), sql)
             rows = relation.fetchall()
             if rows:
-                print_table(relation.columns, rows)
+                _print_rows(relation.columns, rows, format, {"about": about})
 
 
 @app.command()
@@ -73,14 +76,15 @@ def verify(
     repair: Annotated[
         bool,
         typer.Option(
-            help="Queue again what is missing or changed, for the next `run`; set changed files aside in damaged/."
+            help="Queue the work whose files are missing or changed for the next `run`; move changed files to damaged/."
         ),
     ] = False,
-    read_files: Annotated[bool, typer.Option(help="Compare every image's hash, not only its existence.")] = True,
+    read_files: Annotated[bool, typer.Option(help="Compare every file's hash, not only its existence.")] = True,
+    format: Annotated[Literal["table", "jsonl"] | None, typer.Option(help=_FORMAT_HELP)] = None,
 ) -> None:
-    """Does OUTPUT hold what its manifest says? Every row's file with its hash, every file with its row.
+    """Compare OUTPUT with its manifest: every row's files with their hashes, every file with its row.
 
-    Exit code 3 if anything is not as it must be. Extra files are named, never deleted.
+    Exit code 3 if anything is wrong and `--repair` was not given. Extra files are named, never deleted.
 
     Example: `diffcolor verify out/demo --repair && diffcolor run examples/archive out/demo`
     """
@@ -90,20 +94,20 @@ def verify(
     with errors_told():
         findings = list(check(Store(output), read_files=read_files))
         if findings:
-            print_table(["finding", "file", "what"], [(f.kind, f.key, f.detail) for f in findings])
+            _print_rows(["finding", "file", "what"], [(f.kind, f.key, f.detail) for f in findings], format)
         queued = mend(Store(output), findings) if repair and findings else 0
     mended = f", {queued} variants queued again for the next `run`" if repair else ""
-    console.print(f"{len(findings)} findings{mended}" if findings else "all is as it must be")
+    typer.echo(f"{len(findings)} findings{mended}" if findings else "nothing is missing, changed or extra", err=True)
     if findings and not repair:
         raise typer.Exit(3)
 
 
 @app.command()
 def compact(output: OutputArgument) -> None:
-    """Write OUTPUT's manifest anew into few parts, for faster queries; the rows stay the same.
+    """Copy OUTPUT's manifest into few parts, for faster queries, and write results.parquet. The rows stay the same.
 
-    Runs and readers may go on meanwhile; of several compactions at once one wins, the others end with
-    exit code 2. The replaced parts are deleted by the next compaction.
+    Runs and readers may go on meanwhile. One of several compactions at once succeeds, the others end with exit
+    code 2. The next compaction deletes the replaced parts.
 
     Example: `diffcolor compact s3://museum/colorized`
     """
@@ -113,7 +117,7 @@ def compact(output: OutputArgument) -> None:
     with errors_told():
         done = shrink(Store(output))
     console.print(
-        f"{done.rows} rows: {done.parts_before} parts are now {done.parts_after}; {done.deleted} replaced ones deleted"
+        f"{done.rows} rows: {done.parts_before} parts are now {done.parts_after}; {done.deleted} older ones deleted"
     )
 
 
@@ -121,12 +125,12 @@ def compact(output: OutputArgument) -> None:
 def expire_fits(
     output: OutputArgument,
     older_than_days: Annotated[
-        float, typer.Option(min=0, max=100_000, help="Since a variant was last made from the fit.")
+        float, typer.Option(min=0, max=100_000, help="Days since a variant was last made from the fit.")
     ],
 ) -> None:
-    """Delete kept fits that have not been used for so long; `status` tells what runs have written of them.
+    """Delete kept fits that have not been used for so long; `status` shows how much space fits take.
 
-    Images and rows stay. A new prompt for such an image fits again.
+    Images and rows stay. A new prompt for such an image needs a new fit.
 
     Example: `diffcolor expire-fits out/demo --older-than-days 90`
     """
@@ -136,3 +140,41 @@ def expire_fits(
     with errors_told():
         done = expire(Store(output), older_than_days)
     console.print(f"{done.num_fits} fits deleted, {done.num_bytes / 1e6:.1f} MB")
+
+
+def _print_rows(
+    names: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    format: Literal["table", "jsonl", "json", "csv"] | None,
+    more: dict[str, str] | None = None,
+) -> None:
+    """Print rows as asked for. more: what each JSON object says besides the row."""
+    if format is None:
+        format = "table" if console.is_terminal else "jsonl"
+    if format == "table":
+        print_table(names, rows)
+    elif format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+    else:
+        records = ((more or {}) | dict(zip(names, map(_json_value, row), strict=True)) for row in rows)
+        lines: Iterator[str] = (json.dumps(record, default=_as_text) for record in records)
+        if format == "json":
+            typer.echo("[" + ",\n ".join(lines) + "]")
+        else:
+            for line in lines:
+                typer.echo(line)
+
+
+def _json_value(value: Any) -> Any:
+    """The value without NaN and infinities, which JSON does not have: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _json_value(part) for name, part in value.items()}
+    return [_json_value(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _as_text(value: Any) -> str:
+    return value.isoformat() if isinstance(value, date | time) else str(value)

@@ -1,4 +1,4 @@
-"""Files that an untrusted archive may hold: whatever the bytes, a scan or an UnreadableImageError, nothing else."""
+"""Any bytes give a scan or an UnreadableImageError, and nothing else: an archive cannot be trusted."""
 
 import io
 
@@ -20,6 +20,9 @@ FORMATS = {
     "BMP": {},
     "JPEG2000": {},
     "PPM": {},
+    "AVIF": {},
+    "PCX": {},
+    "SGI": {},
 }
 
 

@@ -14,8 +14,9 @@ from prefect.states import Running
 from diffcolor_core import read_scan
 from flows.colorize_archive import colorize_archive
 from flows.recolor_archive import recolor_archive
-from tasks.lease import OutputBusyError, hold_output
-from tasks.manifest import ManifestError, query
+from tasks.errors import ManifestError, OutputBusyError
+from tasks.lease import hold_output
+from tasks.manifest import query
 from tasks.storage import Store
 from tasks.verify import verify
 

@@ -1,19 +1,15 @@
 import json
 import os
+import zipfile
+from datetime import datetime
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.archive import (
-    COLUMNS,
-    RECOLOR_COLUMNS,
-    CatalogError,
-    check_columns,
-    is_image_key,
-    read_catalog,
-    variant_name,
-)
+from tasks.archive import COLUMNS, RECOLOR_COLUMNS, check_columns, is_image_key, read_catalog, variant_name
+from tasks.errors import CatalogError
 from tasks.storage import Store
 
 ROWS = [
@@ -83,7 +79,7 @@ def test_what_a_row_leaves_out_at_its_end_is_empty(archive):
         ("image,context_prompt,target_prompt\na.png,a dog on a bench, with grass,a red dog\n", "row 1 .*more.*quotes"),
         ("image,context_prompt,target_promt\na.png,x,y\n", "'target_prompt' .did you mean your 'target_promt'"),
         ("image,context_prompt,Target prompt\na.png,x,y\n", "did you mean your 'Target prompt'"),
-        ("image,context_prompt,image\na.png,x,b.png\n", "column 'image' is there twice"),
+        ("image,context_prompt,image\na.png,x,b.png\n", "column 'image' appears twice"),
     ],
 )
 def test_a_catalog_that_is_wrong_says_where(archive, text, message):
@@ -98,7 +94,7 @@ def test_a_catalog_that_is_wrong_says_where(archive, text, message):
     ("lines", "message"),
     [
         ('{"image": "a.png", "context_prompt": "x"}\nnonsense\n', "line 2: "),
-        ('{"image": "a.png", "context_prompt": "x"}\n\n[]\n', "line 3: it is not an object"),
+        ('{"image": "a.png", "context_prompt": "x"}\n\n[]\n', "line 3: it is not a JSON object"),
         ('{"context_prompt": "x"}\n', "line 1: there is no column 'image'"),
         ('{"image": "a.png", "context_prompt": "x", "target_promt": "y"}\n', "line 1: .*your 'target_promt'"),
         (
@@ -124,7 +120,7 @@ def test_a_jsonl_catalog_that_is_wrong_says_where(archive, lines, message):
     [
         (["context_prompt", "target_prompt"], "no column 'image'"),
         (["image", "context_prompt", "target_promt"], "your 'target_promt'"),
-        (["image", "context_prompt", "image"], "'image' is there twice"),
+        (["image", "context_prompt", "image"], "'image' appears twice"),
     ],
 )
 def test_a_parquet_catalog_that_is_wrong_says_so(archive, names, message):
@@ -134,11 +130,50 @@ def test_a_parquet_catalog_that_is_wrong_says_so(archive, names, message):
         list(read_catalog(archive, path))
 
 
-def test_of_a_parquet_catalog_only_the_known_columns_are_read(archive):
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_other_columns_are_kept_as_they_are(archive, kind):
+    extras = [row.extra for row in read_catalog(archive, write_catalog(archive, kind))]
+    assert extras == ['{"source": "x"}', '{"source": "y"}', None]
+
+
+def test_values_that_are_not_text_are_kept_as_json(archive):
+    line = {"image": "a", "context_prompt": "x", "zz": 3, "a": {"box": [1, None, "ü"]}, "n": None, "e": " ", "b": False}
+    archive.write("catalog.jsonl", json.dumps(line).encode())
+    (row,) = read_catalog(archive, f"{archive.root}/catalog.jsonl")
+    assert row.extra == '{"a": {"box": [1, null, "ü"]}, "b": false, "zz": 3}'
+
+
+def test_the_types_of_a_parquet_catalog_are_kept_as_text_or_json(archive):
+    columns = {
+        "image": ["0.png"],
+        "context_prompt": ["a ball"],
+        "accession": pa.array([17], pa.int64()),
+        "day": pa.array([datetime(1905, 2, 1)], pa.date32()),
+        "far": pa.array([2**62], pa.timestamp("us")),  # no date of Python's
+        "insured": pa.array([Decimal("12.50")]),
+        "missing": pa.array([float("nan")]),
+        "stamp": pa.array([b"\x01\xff"]),
+        "tags": [["a", "b"]],
+    }
     path = f"{archive.root}/wide.parquet"
-    never = pa.array([2**62], pa.timestamp("us"))  # no date of Python's
-    pq.write_table(pa.table({"image": ["0.png"], "context_prompt": ["a ball"], "scanned": never}), path)
-    assert [r.image for r in read_catalog(archive, path)] == ["0.png"]
+    pq.write_table(pa.table(columns), path)
+    (row,) = read_catalog(archive, path)
+    kept = json.loads(row.extra)
+    assert kept.pop("far")
+    assert kept == {"accession": 17, "day": "1905-02-01", "insured": "12.50", "stamp": "01ff", "tags": ["a", "b"]}
+
+
+def test_other_columns_that_are_too_long_are_refused_with_the_row(archive):
+    archive.write("catalog.csv", f"image,context_prompt,scan\na,x,y\nb,x,{'z' * 20_001}\n".encode())
+    with pytest.raises(CatalogError, match="row 2: .*limit is 20000: leave some out, such as 'scan'"):
+        list(read_catalog(archive, None))
+
+
+def test_a_catalog_inside_a_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "scans.zip", "w") as file:
+        file.writestr("catalog.csv", "image,context_prompt,rights\nbox/a.png,a ball,CC0\n")
+    (row,) = read_catalog(Store(f"zip://::{tmp_path}/scans.zip"), None)
+    assert (row.image, row.extra) == ("box/a.png", '{"rights": "CC0"}')
 
 
 def test_columns_beside_the_known_ones_are_left_alone():

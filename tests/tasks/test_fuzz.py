@@ -1,4 +1,4 @@
-"""Catalogs of any bytes: rows, or a CatalogError that names the catalog."""
+"""A catalog of any bytes gives rows, or a CatalogError that names the catalog."""
 
 import io
 import json
@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tasks.archive import CatalogError, read_catalog
+from tasks.archive import read_catalog
+from tasks.errors import CatalogError
 from tasks.storage import Store
 
 BUDGET = settings(max_examples=200, deadline=None)
@@ -23,6 +24,7 @@ def read(suffix: str, data: bytes) -> None:
     with suppress(CatalogError):
         for row in read_catalog(archive, f"memory://fuzz/catalog{suffix}"):
             assert row.image
+            assert row.extra is None or json.loads(row.extra.encode())
 
 
 def parquet(rows: list[str]) -> bytes:
@@ -50,6 +52,7 @@ def test_a_damaged_csv(rows, place, noise):
 @given(value=JSON)
 def test_any_json(value):
     read(".jsonl", json.dumps({"image": value, "context_prompt": value}).encode())
+    read(".jsonl", json.dumps({"image": "a", "context_prompt": "b", "other": value}).encode())
     read(".jsonl", json.dumps(value).encode())
 
 

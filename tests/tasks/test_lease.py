@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from tasks import lease
-from tasks.lease import LeaseLostError, OutputBusyError, hold_output, last_generation, last_record
+from tasks.errors import LeaseLostError, OutputBusyError
+from tasks.lease import hold_output, is_run_open, last_generation, last_record
 from tasks.storage import this_machine
 
 RECORD = {"run_id": "one", "archive": "in"}
@@ -44,6 +45,36 @@ def test_a_run_that_fails_says_so(output):
     with pytest.raises(ZeroDivisionError), hold_output(output, RECORD):
         _ = 1 / 0
     assert json.loads(output.read("runs/000001.end"))["status"] == "stopped"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_comes_after_a_run_comes_once_its_lease_is_given_up(output, fails):
+    seen = []
+
+    def work():
+        with hold_output(output, RECORD, after=lambda store: seen.append(is_run_open(store))) as held:
+            assert is_run_open(output)
+            if fails:
+                raise KeyboardInterrupt
+            held.end({"status": "finished"})
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    else:
+        work()
+    assert seen == [False]
+
+
+def test_a_stopped_run_ends_as_stopped_even_if_what_comes_after_fails(output, caplog):
+    def after(store):
+        raise OSError("503 Slow Down")
+
+    with pytest.raises(KeyboardInterrupt), hold_output(output, RECORD, after=after):
+        raise KeyboardInterrupt
+    assert "503 Slow Down" in caplog.text
+    with pytest.raises(OSError, match="503"), hold_output(output, RECORD, after=after) as held:
+        held.end(None)
 
 
 def test_two_at_once_have_one_winner(output):

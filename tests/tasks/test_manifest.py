@@ -5,18 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.manifest import (
-    POINTER,
-    SCHEMA,
-    Compaction,
-    ManifestError,
-    commit_part,
-    compact,
-    connect,
-    encode_part,
-    list_parts,
-    query,
-)
+from tasks.errors import ManifestError
+from tasks.layout import POINTER
+from tasks.manifest import SCHEMA, Compaction, commit_part, compact, connect, encode_part, list_parts, query
 from tasks.storage import Store
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -53,6 +44,7 @@ def output(store):
 def test_the_schema_has_the_promised_columns_each_documented():
     added = {"input_version", "pages_left_out", "access_uri", "alpha_scores", "nouns", "generation", "output_bytes"}
     added |= {"fit_uri", "fit_bytes", "fit_reused", "adopted_from", "fallback", "access_sha256", "primary_sha256"}
+    added |= {"catalog_columns"}
     assert [name for name in SCHEMA.names if name not in added] == ISSUE_COLUMNS
     for field in SCHEMA:
         assert field.metadata[b"description"]
@@ -64,7 +56,7 @@ def test_a_part_keeps_types_and_documentation(tmp_path):
     (tmp_path / "p.parquet").write_bytes(encode_part([row(width_px=7)]))
     schema = pq.read_schema(tmp_path / "p.parquet")
     assert schema.equals(SCHEMA)
-    assert schema.metadata[b"diffcolor.schema_version"] == b"3"
+    assert schema.metadata[b"diffcolor.schema_version"] == b"4"
     assert schema.field("width_px").metadata[b"unit"] == b"px"
 
 

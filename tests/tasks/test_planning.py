@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from diffcolor_core import preset
-from tasks.archive import CatalogError, CatalogRow, MissingImageError, MissingPromptError, variant_name
+from tasks.archive import CatalogRow, variant_name
+from tasks.errors import CatalogError, MissingImageError, MissingPromptError
 from tasks.manifest import commit_part, compact
 from tasks.planning import RunConfig, open_plan, output_below, shard_sizes
 from tasks.storage import Store

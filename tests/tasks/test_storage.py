@@ -1,14 +1,17 @@
+import io
 import os
+import tarfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, strategies as st
 
 from tasks import storage
-from tasks.storage import InvalidKeyError, Store, UnsafeFileError, check_key, slug
+from tasks.errors import InvalidKeyError, NoConditionalPutError, OversizeError, UnsafeFileError
+from tasks.storage import Store
 
 
 def test_write_read_list(store):
@@ -65,17 +68,21 @@ class OverwritingFileSystem(MemoryFileSystem):
 
 
 @pytest.fixture
-def overwriting(monkeypatch):
-    monkeypatch.setattr(storage, "CLAIM_SECONDS", 0.2)
+def overwriting():
     fsspec.register_implementation("overwriting", OverwritingFileSystem, clobber=True)
-    store = Store("overwriting://archive")
-    yield store
+    yield Store("overwriting://archive")
     OverwritingFileSystem.store.clear()
 
 
 def test_the_probe_tells_who_has_conditional_puts(overwriting):
     assert Store("memory://probed").probe_conditional_put()
     assert not overwriting.probe_conditional_put()
+    assert overwriting.list() == []
+
+
+def test_a_store_without_conditional_puts_is_refused_before_anything_is_written(overwriting):
+    with pytest.raises(NoConditionalPutError, match="'overwriting://archive' ignores .*AWS S3"):
+        overwriting.create("part", b"")
     assert overwriting.list() == []
 
 
@@ -101,17 +108,6 @@ def test_a_probe_outlasts_a_passing_trouble(monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", troubled)
     assert store.probe_conditional_put()
     assert calls == ["overwrite", "overwrite", "create", "create"]
-
-
-def test_create_by_claims_has_one_winner(overwriting):
-    race(overwriting, "runs/1", 8)
-    assert not overwriting.create("runs/1", b"late")
-
-
-def test_the_claim_of_a_killed_process_does_not_stand_for_ever(overwriting):
-    overwriting.write("runs/1.claim-0000", b"")
-    assert overwriting.create("runs/1", b"mine")
-    assert [key for key, _ in overwriting.list()] == ["runs/1"]
 
 
 def test_the_version_changes_with_the_content(tmp_path):
@@ -221,14 +217,135 @@ def test_the_probes_of_dead_processes_are_swept():
     assert [key for key, _ in store.list()] == ["a", "probe-new"]
 
 
-@given(st.text(max_size=200))
-def test_a_slug_is_always_a_safe_part_of_a_key(text):
-    part = slug(text)
-    assert check_key(part) == part
-    assert len(part) <= 60
-    assert part.isascii()
-    assert "/" not in part
-    assert not part.startswith(".")
+# ------------------------------------------------------------------ large files
+
+
+def test_a_file_is_replaced_as_a_whole(store, monkeypatch):
+    monkeypatch.setattr(storage, "SINGLE_PUT_BYTES", 10)
+    for data in (b"old", b"new" * 2_000_000):
+        with store.replacing("a/file") as file:
+            file.write(data)
+            assert not store.has("a/file") or store.read("a/file") == b"old"
+        assert store.read("a/file") == data
+    with pytest.raises(TypeError), store.replacing("a/file") as file:
+        file.write("not bytes")
+    assert store.size("a/file") == 6_000_000
+    assert [key for key, _ in store.list()] == ["a/file"]
+    if store.is_local:
+        assert os.listdir(f"{store.root}/.tmp") == []
+
+
+# ------------------------------------------------------------------ archives inside zip and tar files
+
+PACKED = {"a.png": b"first", "box 1/ü, 日.png": b"second", "box 1/inner/c.png": b"third"}
+
+
+@pytest.fixture(params=["zip", "tar", "tar.gz", "tar with ./"])
+def packed(request, tmp_path):
+    """The same files packed in several ways."""
+    kind, _, with_dot = request.param.partition(" with ")
+    path = tmp_path / f"scans.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in PACKED.items():
+                file.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as file:
+            for name, data in PACKED.items():
+                info = tarfile.TarInfo(with_dot + name)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_an_archive_file_is_read_like_a_folder(packed):
+    kind = packed.name.split(".")[1]
+    store = Store(f"{kind}://::{packed}")
+    assert store.exists()
+    assert [key for key, _ in store.list()] == sorted(PACKED)
+    assert {key: store.read(key) for key in PACKED} == PACKED
+    with store.open("a.png") as file:
+        assert file.read() == b"first"
+    assert store.has("box 1/inner/c.png")
+    with pytest.raises(FileNotFoundError):
+        store.read("none.png")
+    with pytest.raises(OversizeError):
+        store.read("a.png", max_bytes=4)
+
+
+def test_a_folder_inside_an_archive_file(packed):
+    kind = packed.name.split(".")[1]
+    within = "./box 1" if Store(f"{kind}://::{packed}").root == "." else "box 1"
+    store = Store(f"{kind}://{within}::{packed}")
+    assert [key for key, _ in store.list()] == ["inner/c.png", "ü, 日.png"]
+    assert store.read("inner/c.png") == b"third"
+
+
+def test_the_address_of_an_archive_file_holds_in_every_folder(packed, monkeypatch):
+    kind = packed.name.split(".")[1]
+    monkeypatch.chdir(packed.parent)
+    address = Store(f"{kind}://::{packed.name}").address
+    monkeypatch.chdir("/")
+    again = Store(address)
+    assert again.read("a.png") == b"first"
+    with fsspec.open(again.uri("box 1/inner/c.png")) as file:
+        assert file.read() == b"third"
+    assert again.uri("a.png") == storage.joined(address, "a.png")
+
+
+def test_an_archive_file_is_no_output(packed):
+    with pytest.raises(NoConditionalPutError, match="inside an archive file"):
+        Store(f"{packed.name.split('.')[1]}://::{packed}").create("part", b"")
+
+
+def test_the_version_of_a_packed_file_changes_with_its_content(tmp_path):
+    versions = []
+    for data in (b"one", b"two"):
+        with zipfile.ZipFile(tmp_path / "scans.zip", "w") as file:
+            file.writestr("a.png", data)
+        versions += [version for _, version in Store(f"zip://::{tmp_path}/scans.zip").list()]
+    assert versions[0] != versions[1]
+
+
+def test_a_damaged_file_in_a_zip_is_the_files_fault(tmp_path):
+    path = tmp_path / "scans.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.png", b"first")
+    path.write_bytes(path.read_bytes().replace(b"first", b"fjrst"))
+    with pytest.raises(UnsafeFileError, match="'a.png' cannot be unpacked.*CRC"):
+        Store(f"zip://::{path}").read("a.png")
+
+
+def test_links_and_pipes_in_a_tar_are_the_files_fault(tmp_path):
+    with tarfile.open(tmp_path / "scans.tar", "w") as file:
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("pipe.png", tarfile.FIFOTYPE),
+            ("../out.png", tarfile.REGTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            file.addfile(info)
+    store = Store(f"tar://::{tmp_path}/scans.tar")
+    for key in ("link.png", "pipe.png"):
+        with pytest.raises(UnsafeFileError, match="cannot be unpacked"):
+            store.read(key)
+    with pytest.raises(InvalidKeyError):
+        store.read("../out.png")
+
+
+@pytest.mark.parametrize(
+    ("address", "uri"),
+    [
+        ("/scans", "/scans/a b.png"),
+        ("s3://museum/scans/", "s3://museum/scans/a b.png"),
+        ("zip://::/x.zip", "zip://a b.png::/x.zip"),
+        ("zip://box::s3://museum/x.zip", "zip://box/a b.png::s3://museum/x.zip"),
+        ("simplecache::s3://museum/scans", "simplecache::s3://museum/scans/a b.png"),
+    ],
+)
+def test_the_address_of_a_key(address, uri):
+    assert storage.joined(address, "a b.png") == uri
 
 
 def test_what_an_object_store_calls_a_key(s3_url):

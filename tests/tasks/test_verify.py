@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.lease import OutputBusyError, hold_output
-from tasks.manifest import SCHEMA, ManifestError, commit_part, compact, list_parts, query
+from tasks.errors import ManifestError, OutputBusyError
+from tasks.lease import hold_output
+from tasks.manifest import SCHEMA, commit_part, compact, list_parts, publish_results, query
 from tasks.storage import Store
-from tasks.verify import expire_fits, key_of, repair, verify
+from tasks.verify import expire_fits, repair, verify
 from tests.tasks.test_manifest import row
 
 
@@ -208,6 +209,25 @@ def test_a_link_out_of_the_output_is_a_finding(output, tmp_path):
     assert repair(output, list(verify(output))) == 1
 
 
+def test_damaged_results_are_found_and_written_anew(output):
+    publish_results(output)
+    whole = output.read("results.parquet")
+    assert found(output) == []
+    output.write("results.parquet", whole[: len(whole) // 2])
+    assert found(output) == [("damaged results", "results.parquet")]
+    assert repair(output, list(verify(output))) == 0
+    assert pq.read_table(io.BytesIO(output.read("results.parquet"))).num_rows == 4
+    assert found(output) == []
+
+
+def test_results_show_what_a_repair_has_queued(output):
+    publish_results(output)
+    output.delete("images/1/target.png")
+    repair(output, list(verify(output)))
+    table = pq.read_table(io.BytesIO(output.read("results.parquet")))
+    assert dict(zip(table["image_key"].to_pylist(), table["status"].to_pylist(), strict=True))["1.png"] == "failed"
+
+
 def test_an_extra_file_is_found_and_left(output):
     output.write("images/9/target.png", b"whose?")
     extra = ["fits/ab/abc/notes", "fits/cd/cde/fit.json", "images/9/target.png", "letter.txt", "manifest/notes"]
@@ -263,17 +283,6 @@ def test_no_repair_under_a_running_run(output):
 def test_without_a_manifest_there_is_nothing_to_verify(tmp_path):
     with pytest.raises(ManifestError, match="nothing has been committed"):
         list(verify(Store(str(tmp_path))))
-
-
-@pytest.mark.parametrize(
-    ("uri", "key"),
-    [
-        ("/a/images/out/images/x-1/p.png", "images/x-1/p.png"),
-        ("s3://bucket/run/fits/ab/c", "fits/ab/c"),
-    ],
-)
-def test_the_key_in_a_uri(uri, key):
-    assert key_of(uri) == key
 
 
 def test_fits_expire_by_their_last_use(tmp_path):
