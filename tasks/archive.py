@@ -42,25 +42,6 @@ class MissingPromptError(ValueError):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One picture wanted of an image: coloured by `target_prompt`, or, without one, the primary."""
-
-    name: str
-    target_prompt: str | None
-
-
-@dataclass(frozen=True)
-class ImageWork:
-    """One fit and the variants wanted of it. `problem` says why there is nothing to fit."""
-
-    image_key: str
-    version: str
-    context_prompt: str | None
-    variants: tuple[Variant, ...]
-    problem: ValueError | None = None
-
-
-@dataclass(frozen=True)
 class CatalogRow:
     """A row of a catalog; `number` counts from 1, the header not counted."""
 
@@ -68,6 +49,7 @@ class CatalogRow:
     image: str
     context_prompt: str | None
     target_prompt: str | None
+    extra: str | None = None
 
 
 def variant_name(context_prompt: str | None, target_prompt: str | None) -> str:

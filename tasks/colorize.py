@@ -14,7 +14,7 @@ import torch
 from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, read_scan
 from diffcolor_core.fits import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
-from tasks.planning import PlannedImage, RunConfig
+from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
 from tasks.storage import InvalidKeyError, OversizeError, Store, UnsafeFileError, slug
 from tasks.verify import FILES, FIT_FILES, key_of, sha256_of
@@ -30,13 +30,13 @@ class ImageWorker:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.config = config
-        self.archive, self.output = Store(config.archive), Store(config.output)
-        self.pipe = DiffColor.from_pretrained(config.model, settings=config.settings, device=config.device)
+        self.archive, self.output = Store(config.options.archive), Store(config.options.output)
+        self.pipe = DiffColor.from_pretrained(config.options.model, settings=config.settings, device=config.device)
         loaded = self.pipe.checkpoint.model_revision
         if loaded != config.model_revision:
             raise RuntimeError(
                 f"the run was planned with model {config.model_id} at {config.model_revision}, but this worker "
-                f"loaded {loaded}: is {config.model!r} another folder here?"
+                f"loaded {loaded}: is {config.options.model!r} another folder here?"
             )
 
     def ready(self) -> str:
@@ -120,7 +120,7 @@ class ImageWorker:
         }
         folder = f"images/{slug(key)}-{hashlib.sha256(f'{key}/{sha256}'.encode()).hexdigest()[:16]}"
         primary_stem = f"{folder}/primary-{self._digest(context, None)}"
-        primary_key = f"{primary_stem}{SUFFIX[self.config.image_format]}"
+        primary_key = f"{primary_stem}{SUFFIX[self.config.options.image_format]}"
         shared["primary_uri"] = self.output.uri(primary_key)
         asked = any(variant.target_prompt is None for variant in planned.work.variants)
         if asked or not self.output.has(primary_key):
@@ -143,15 +143,15 @@ class ImageWorker:
 
     def _fit(self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row) -> tuple[Fit, Row]:
         """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns."""
-        if not self.config.keep_fits or "fallback" in shared:
-            return pipe.fit(scan, context_prompt, seed=self.config.seed), {"fit_reused": False}
+        if not self.config.options.keep_fits or "fallback" in shared:
+            return pipe.fit(scan, context_prompt, seed=self.config.options.seed), {"fit_reused": False}
         sha256 = shared["input_sha256"]
         folder = f"fits/{sha256[:2]}/{sha256[:32]}-{self.config.fit_sha256(context_prompt)[:12]}"
         url = self.output.uri(folder)
         try:
             fit, reused = self.output.patiently(lambda: pipe.load_fit(url, scan)), True
         except FitError:  # none yet, or one that a crash left half written
-            fit, reused = pipe.fit(scan, context_prompt, seed=self.config.seed), False
+            fit, reused = pipe.fit(scan, context_prompt, seed=self.config.options.seed), False
             for name, data in fit.files(with_scan=False).items():
                 self.output.write(f"{folder}/{name}", data)
         size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
@@ -166,8 +166,8 @@ class ImageWorker:
         provenance = fit.provenance(prompt, self.config.run_id)
         columns: Row = {}
         formats: tuple[tuple[str, ImageFormat | None], ...] = (
-            ("output", self.config.image_format),
-            ("access", self.config.access_copy if with_access_copy else None),
+            ("output", self.config.options.image_format),
+            ("access", self.config.options.access_copy if with_access_copy else None),
         )
         for file, image_format in formats:
             if image_format is None:
@@ -188,7 +188,6 @@ class ImageWorker:
             | {
                 "status": "ok",
                 "alpha": result.alpha,
-                "alpha_scores": [{"alpha": a, "score": s} for a, s in result.alpha_scores.items()],
                 "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "total_seconds": seconds,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tasks.storage import Store
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PREFIX = "manifest"
 MISSING_OUTPUT = "MissingOutputError"
 """Error class of the rows that `verify --repair` has queued again."""
@@ -107,6 +107,7 @@ _COLUMNS = (
     _Column(
         "primary_sha256", pa.string(), "Hash of the primary file's bytes; null if an earlier run wrote it.", since=3
     ),
+    _Column("catalog_columns", pa.string(), "The other columns of its catalog row, as a JSON object.", since=4),
 )
 
 SCHEMA = pa.schema(
