@@ -6,15 +6,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from diffcolor_core.config import preset as settings_preset
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
 from tasks.lease import last_record
-from tasks.manifest import ManifestError
 from tasks.options import PictureOptions, RecolorOptions, RunOptions
-from tasks.planning import Plan, open_plan, output_below
 from tasks.records import RunConfig
 from tasks.storage import Store
+
+if TYPE_CHECKING:
+    from tasks.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Run:
 
     asked: RunOptions | RecolorOptions
     config: RunConfig
-    plan: Plan
+    plan: "Plan"
 
 
 _OPEN: ContextVar[Run | None] = ContextVar("open_run", default=None)
@@ -44,6 +46,8 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
     source, target = Store(options.archive), Store(options.output)
     if not source.exists():
         raise FileNotFoundError(f"there is no archive at {options.archive!r}: give an existing folder or URL")
+    from tasks.planning import open_plan, output_below  # slow: DuckDB
+
     output_below(source, target)
     settings = settings_preset(options.preset, options.overrides)
     whole_archive = isinstance(asked, RunOptions)
@@ -76,6 +80,8 @@ def _as_in_last_run(asked: RecolorOptions) -> RunOptions:
     """Archive, model, settings and pictures are those of the output's last run; the rest is as asked."""
     record = last_record(Store(asked.output))
     if record is None:
+        from tasks.manifest import ManifestError
+
         raise ManifestError(f"no run has been recorded in {asked.output!r}: colorize an archive into it first")
     same = ("archive", "model", "preset", *PictureOptions.model_fields)
     last = {name: record[name] for name in same if name in record}

@@ -159,7 +159,6 @@ def recolor(output: OutputArgument, **flags: Any) -> None:
 def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) -> None:
     """Check what is asked for, run the flow in this process, print its summary, end with its exit code."""
     from flows.stopping import stoppable
-    from tasks.manifest import ManifestError
     from tasks.runs import open_run
 
     with stoppable() as stop, ExitStack() as stack:
@@ -170,6 +169,7 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
             raise fail(error, 2) from error
         _warn_of_demo(run.config.options.model, run.config.options.archive)
         from flows.local_prefect import start_prefect
+        from tasks.manifest import ManifestError
 
         try:
             wait_for_prefect = start_prefect()

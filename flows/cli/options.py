@@ -1,4 +1,4 @@
-"""The options of `tasks.options` on the command line: flags, `diffcolor.toml`, DIFFCOLOR_* variables, the table.
+"""The options of `tasks.options` on the command line: flags, `diffcolor.toml` and DIFFCOLOR_* variables.
 
 A flag counts before a variable, a variable before the file, the file before the default.
 """
@@ -43,7 +43,7 @@ def flags_of(name: str, field: FieldInfo) -> tuple[str, ...]:
 def flag(name: str, *, of: type[BaseModel] = RunOptions, panel: str | None = None) -> Any:
     """An option as Typer has it, for `Annotated[str, flag("model")]`: its flags, help text and limits."""
     field = of.model_fields[name]
-    _, minimum = _type_of(field)
+    _, minimum = type_of(field)
     metavar = "PATH=VALUE" if name == "overrides" else None
     more = " Repeat it." if name == "overrides" else ""
     return typer.Option(
@@ -55,8 +55,8 @@ def flag(name: str, *, of: type[BaseModel] = RunOptions, panel: str | None = Non
     )
 
 
-def _type_of(field: FieldInfo) -> tuple[Any, float | None]:
-    """An option's type without None and limits, and its least value."""
+def type_of(field: FieldInfo) -> tuple[Any, float | None]:
+    """The type of an option, without None and limits, and its minimum. Overrides are a list of assignments."""
     annotation: Any = field.annotation
     metadata = list(field.metadata)
     if get_origin(annotation) in (Union, UnionType):
@@ -80,7 +80,7 @@ def with_flags(options: type[BaseModel]) -> Callable[[Callable[..., None]], Call
             for name, field in fields.items():
                 if name in {p.name for p in own}:
                     continue
-                annotation, _ = _type_of(field)
+                annotation, _ = type_of(field)
                 if not field.is_required() and field.default is None:
                     annotation = annotation | None
                 option = flag(name, of=options, panel=None if title in FRONT else title)
@@ -154,7 +154,7 @@ def configured() -> dict[str, Any]:
 
     class FromFileAndEnvironment(BaseSettings):
         model_config = SettingsConfigDict(
-            env_prefix=PREFIX, env_ignore_empty=True, toml_file=FILE, extra="forbid", protected_namespaces=()
+            env_prefix=PREFIX, env_ignore_empty=True, toml_file=FILE, extra="forbid", validate_default=False
         )
 
         @classmethod
@@ -195,61 +195,3 @@ def _flattened(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield from _flattened(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-# ------------------------------------------------------------------ the table in the docs
-
-
-def table() -> str:
-    """docs/options.md: every option of a run, by group."""
-    lines = [
-        "# Options of a run",
-        "",
-        "<!-- Made by `python -m flows.cli.options` from the fields in tasks/options.py: do not edit. -->",
-        "",
-        f"An option has one name: as a flag of `diffcolor run`, in `{FILE}` in the working folder, as a variable",
-        f"`{PREFIX}NAME` in capitals, and as a parameter of the flow `colorize-archive`. A flag counts before a",
-        "variable, a variable before the file, the file before the default. Deployments see flow parameters only:",
-        "there, the first group's options are parameters of their own, and all others are fields of the parameter",
-        "`options`. `recolor` and `recolor-archive` take the groups *Machines* and *Resuming and faults*; `colorize`",
-        f"and `study` take `model`, `preset`, `seed`, `overrides` and `device`, from `{FILE}` and variables too.",
-        "",
-        "```toml",
-        f"# {FILE}",
-        'model = "../models/stable-diffusion"',
-        'preset = "paper"',
-        "num_actors = 8",
-        "",
-        "[overrides]",
-        "stage2.adapter_rank = 4",
-        "```",
-    ]
-    for title, fields in groups(RunOptions):
-        lines += ["", f"## {title}", "", "| option | flag | values | default | meaning |", "|---|---|---|---|---|"]
-        for name, field in fields.items():
-            annotation, minimum = _type_of(field)
-            choices = get_args(annotation) if annotation is not list[str] else ()
-            if choices:
-                values = ", ".join(f"`{choice}`" for choice in choices)
-            else:
-                values = (
-                    "PATH=VALUE"
-                    if name == "overrides"
-                    else {str: "text", int: "integer", float: "number"}.get(annotation, "yes or no")
-                )
-                values += "" if minimum is None else f", at least {minimum}"
-            default = (
-                "required"
-                if field.is_required()
-                else "–"
-                if field.default is None
-                else f"`{json.dumps(field.default)}`"
-            )
-            default = default.replace('"', "")
-            flags = ", ".join(f"`{flag}`" for flag in flags_of(name, field))
-            lines.append(f"| `{name}` | {flags} | {values} | {default} | {in_one_line(field)} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    Path("docs/options.md").write_text(table(), encoding="utf-8")
