@@ -1,71 +1,96 @@
-"""Prefect's embedded server in a session of its own, as `tasks.local_ray` has Ray.
+"""A Prefect server for one run on this machine, in a session of its own, as `tasks.local_ray` has Ray.
 
-Ctrl-C at a terminal goes to every process of its group: a server in it would be gone when the flow tells how it
-ended, and the flow would try again for a minute. And it ends with its run, also one that is killed: the pipe that
-the run holds is closed then.
+Ctrl-C in a terminal goes to every process of its group. The server is in none of the run's groups, so it still answers
+when the flow reports how it ended. It ends with the run, also if the run is killed: a closed pipe tells it. Its
+database is that of PREFECT_HOME, as with `prefect server start`: a later run finds a killed one's flow run there and
+marks it as crashed, and migrations take their 7 to 12 seconds only once.
 """
 
+import atexit
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
 import threading
-from typing import Any
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import ExitStack
 
+START_SECONDS = 120.0
+"""Time for the server to answer. The first start on a machine sets up the database."""
 END_SECONDS = 10.0
-"""For the server to end in order, once its run is gone."""
+"""Time for the server to end in order."""
 
 
-def embed_prefect() -> None:
-    """Have Prefect start its embedded server, if it needs one, in this way. Before its first use in this process.
+def start_prefect() -> Callable[[], None]:
+    """Give this process a Prefect server for the rest of its life, unless PREFECT_API_URL or the profile names one.
 
-    Prefect has no setting for it: a private method of the pinned version is overridden. Without effect, Ctrl-C would
-    take over a minute again, and `tests/faults` fails.
+    Returns a function that waits until the server answers, so that slow imports can go on meanwhile. It raises
+    RuntimeError if the server does not start. The server outlives the flow because Prefect sends its last logs when
+    the process exits.
     """
-    from prefect.settings import PREFECT_API_URL, get_current_settings
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if PREFECT_API_URL.value():
-        return
-    from prefect.server.api.server import SubprocessASGIServer  # slow: the whole server
-
-    class Server(SubprocessASGIServer):
-        def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-            embedded = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-            settings = get_current_settings().to_environment_variables(exclude_unset=True)
-            return subprocess.Popen(
-                [sys.executable, "-P", __file__, str(self.port)],
-                env=os.environ | embedded | settings,
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-
-    Server()  # Prefect keeps one instance, and takes the one that is there
-
-
-def main(port: int) -> None:
-    """Serve Prefect's API on loopback until nobody holds the other end of standard input."""
-    import uvicorn
-
-    server = uvicorn.Server(
-        uvicorn.Config(
-            "prefect.server.api.server:create_app",
-            factory=True,
-            host="127.0.0.1",
-            port=port,
-            log_level="error",
-            lifespan="on",
-        )
+        return lambda: None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-P", __file__, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
+    atexit.register(_end, server)  # before Prefect registers anything, so that it runs after all of that
+    url = f"http://127.0.0.1:{port}/api"
+    ExitStack().enter_context(temporary_settings({PREFECT_API_URL: url}))
+    return lambda: _wait_until_healthy(server, url)
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    assert server.stdin is not None
+    server.stdin.close()
+    try:
+        server.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.1)
+    raise RuntimeError(
+        f"Prefect's server did not start within {START_SECONDS:.0f} s (exit code {server.poll()}): see above, or set "
+        "PREFECT_API_URL to a server that runs"
+    )
+
+
+def main(port: str) -> None:
+    """Run `prefect server start` in this process until nobody holds the other end of standard input."""
 
     def end_with_the_run() -> None:
         sys.stdin.read()
-        server.should_exit = True
+        os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(END_SECONDS)
-        os._exit(0)
+        os._exit(1)
 
     threading.Thread(target=end_with_the_run, daemon=True).start()
-    server.run()
-    sys.exit(0 if server.started else 3)  # Prefect takes 3 for a port that is taken, and tries another
+    where = ["--host", "127.0.0.1", "--port", port]
+    sys.argv = ["prefect", "server", "start", *where, "--no-services", "--no-ui", "--analytics-off"]
+    sys.argv += ["--log-level", "ERROR"]
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1])

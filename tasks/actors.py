@@ -1,4 +1,4 @@
-"""Workers as Ray actors: started, lent, given up, and what becomes of an image whose actor dies."""
+"""Workers as Ray actors: how they are started, lent and replaced, and what happens to an image whose actor dies."""
 
 import logging
 import os
@@ -12,19 +12,23 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from tasks.colorize import ImageWorker
 from tasks.local_ray import local_ray
-from tasks.planning import PlannedImage, RunConfig
+from tasks.options import MachineOptions
+from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, error_rows
 
 logger = logging.getLogger(__name__)
 MAX_NODE_LOSSES = 20
-"""How often an image is tried again because a whole machine was lost under it."""
+"""How many times an image is tried again because its actor's machine was lost."""
 NODE_LOSS_SECONDS = 30.0
-"""Within which Ray notices that a machine is gone: it asks five times, every three seconds."""
+"""Ray needs up to this long to notice a lost machine: it asks five times, every three seconds."""
 
 
 class DeadlyImageError(RuntimeError):
@@ -32,13 +36,13 @@ class DeadlyImageError(RuntimeError):
 
 
 class RunStoppedError(RuntimeError):
-    """The run is being stopped: no more images are begun."""
+    """The run is being stopped, so no more images are begun."""
 
 
 class ActorGoneError(RuntimeError):
-    """An actor died, or was killed, under an image.
+    """An actor died or was killed while it worked on an image.
 
-    node_lost: with its machine, which is nobody's fault. out_of_memory: Ray killed it, as memory ran out.
+    node_lost: its machine was lost, which is not the image's fault. out_of_memory: Ray killed it to free memory.
     """
 
     def __init__(self, reason: str, node_lost: bool = False, out_of_memory: bool = False) -> None:
@@ -47,7 +51,7 @@ class ActorGoneError(RuntimeError):
 
 
 class PooledActor:
-    """An actor, and the node that it runs on now."""
+    """An actor, with the node that it runs on now."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -55,7 +59,7 @@ class PooledActor:
         self.given_up = False
 
     def colorize(self, planned: PlannedImage, timeout_seconds: float, smaller_because: str | None) -> list[Row]:
-        """Its rows of the image. Raises ActorGoneError; Ray's RayTaskError with what the actor raised."""
+        """The image's rows. Raises ActorGoneError, or Ray's RayTaskError with the error that the actor raised."""
         import ray
 
         try:
@@ -69,7 +73,7 @@ class PooledActor:
             raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
 
     def _lost_its_node(self) -> bool:
-        """Whether its machine is gone: known once Ray has started it again, or has missed the machine."""
+        """Whether its machine is gone. Ray knows once it has restarted the actor, or has missed the machine."""
         import ray
 
         started_again = [self.handle.ready.options(max_task_retries=-1).remote()]
@@ -81,13 +85,14 @@ class PooledActor:
 
 
 class ActorPool:
-    """Actors to lend for one image each: so an actor has one image in flight, and a crash blames one image only.
+    """Lends each actor to one image at a time, so a crash implicates only that image.
 
-    An actor is lent once its model is loaded, and again so after its death, when Ray has started it
-    anew. The others work on meanwhile: nodes may join and leave.
+    An actor is lent once its model is loaded. When it dies, Ray restarts it, and it is lent again once its model is
+    loaded again; the other actors work on meanwhile. Nodes may join and leave.
     """
 
     def __init__(self, handles: list[Any]) -> None:
+        self.num_actors = len(handles)
         self._actors = [PooledActor(handle) for handle in handles]
         self._free: deque[PooledActor] = deque()
         self._failures: list[BaseException] = []
@@ -114,9 +119,9 @@ class ActorPool:
 
     @contextmanager
     def borrow(self) -> Iterator[PooledActor]:
-        """An idle actor, waiting for one if need be.
+        """An idle actor. Waits until there is one.
 
-        Raises RunStoppedError once the pool is closed; what kept the last actor from starting if none is left.
+        Raises RunStoppedError once the pool is closed. If no actor could be started, raises what kept the last one.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._closed or len(self._failures) == len(self._actors))
@@ -140,13 +145,13 @@ class ActorPool:
             self._changed.notify_all()
 
     def pause(self, tries: int) -> None:
-        """Before the next try: a random time that grows with their number, and ends when the pool is closed."""
+        """Wait before the next try: a random time that grows with their number and ends when the pool is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, timeout=random.uniform(0, min(60, 2**tries)))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """For the time of a shard, its commits included: `close` waits for it."""
+        """Held by a shard until its last commit: `close` waits for it."""
         with self._changed:
             self._users += 1
         try:
@@ -157,7 +162,7 @@ class ActorPool:
                 self._changed.notify_all()
 
     def close(self, wait_seconds: float = 60.0) -> None:
-        """Kill the actors and wait until every user has committed what it had and gone."""
+        """Kill the actors, then wait until every shard has committed what is finished."""
         import ray
 
         with self._changed:
@@ -170,61 +175,82 @@ class ActorPool:
             self._changed.wait_for(lambda: not self._users, timeout=wait_seconds)
 
 
-@contextmanager
-def ray_actors(
-    config: RunConfig, *, num_actors: int, gpus_per_actor: float, ray_address: str | None
-) -> Iterator[ActorPool]:
-    """Actors that load the model; killed at the end, with the local Ray if it was started here.
+def placement(options: MachineOptions, num_gpus: float) -> tuple[int, float]:
+    """(number of actors, GPUs of each) on machines with so many GPUs; 0 GPUs each means the CPU.
 
-    A Ray that is started here listens on loopback only (or else on all interfaces) and demands a token
-    made for it alone: other users of the machine cannot reach it, and no token file is left in the home
-    directory. For a cluster at `ray_address` the caller's RAY_AUTH_MODE and token hold. Ray reads these
-    variables when it is imported: hence the late import, here and elsewhere in this file; a caller
-    who has imported it has decided them.
+    Raises ValueError for a device that is not there, and for options that contradict each other.
     """
-    if ray_address is None and "ray" not in sys.modules:
+    device, num_actors, share = options.device, options.num_actors, options.gpus_per_actor
+    if device == "auto":
+        device = "cuda" if share or (share is None and num_gpus > 0) else "cpu"
+    if device == "cpu":
+        if share:
+            raise ValueError(f"--device cpu and --gpus-per-actor {share:g} contradict each other: leave one out")
+        return num_actors or 1, 0.0
+    if share == 0:
+        raise ValueError("--device cuda and --gpus-per-actor 0 contradict each other: leave one out")
+    if num_gpus == 0 and share is None:
+        raise ValueError("--device cuda: Ray sees no GPU here; give --device cpu, or --ray-address of a cluster")
+    if num_actors is None:
+        num_actors = max(1, int(num_gpus / (share or 1)))
+    return num_actors, min(1.0, num_gpus / num_actors) if share is None else share
+
+
+@contextmanager
+def ray_actors(config: RunConfig) -> Iterator[ActorPool]:
+    """Actors that load the model. They are killed at the end, and so is the local Ray if it was started here.
+
+    A Ray that is started here listens on loopback only, as it would otherwise listen on all interfaces, and demands
+    a token made for it alone: other users of the machine cannot reach it, and no token file is left in the home
+    directory. On a cluster at `ray_address` the caller's RAY_AUTH_MODE and token hold. Ray reads these variables
+    when it is imported, hence the late imports in this file; a caller who has imported Ray has decided them.
+    """
+    options = config.options
+    if options.ray_address is None and "ray" not in sys.modules:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # its only switch for loopback
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Threads that spin for long starve other processes of the machine; that never spin, the steps themselves.
+    # Long spin-waits starve other processes; none at all slows each step.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import ray
 
     with ExitStack() as stack:
         if not ray.is_initialized():
-            address = ray_address or stack.enter_context(local_ray())
+            address = options.ray_address or stack.enter_context(local_ray())
             on_sigterm = signal.getsignal(signal.SIGTERM)
             stack.callback(ray.shutdown)
             ray.init(address=address, log_to_driver=False, logging_level="warning")
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has installed its own, which ends the process
         resources = ray.cluster_resources()
-        cores, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-        if ray_address is None and num_actors * gpus_per_actor > gpus:
+        cores, num_gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+        if options.ray_address is None:
+            num_gpus = min(num_gpus, torch.cuda.device_count())  # none that torch cannot use
+        num_actors, share = placement(options, num_gpus)
+        if options.ray_address is None and num_actors * share > num_gpus:
             raise ValueError(
-                f"{num_actors} actors with {gpus_per_actor:g} GPUs each need more than the {gpus:g} GPUs of this "
+                f"{num_actors} actors with {share:g} GPUs each need more than the {num_gpus:g} GPUs of this "
                 "machine: take fewer actors, or a share of a GPU for each, or a Ray cluster"
             )
-        share = cores / num_actors  # below 1 they share cores: an actor that Ray cannot place is waited for without end
-        threads = max(1, int(share)) if gpus_per_actor == 0 else None
+        # Below one core each, actors share cores. Ray would wait forever to place an actor that asks for more.
+        cores_each = cores / num_actors
+        threads = max(1, int(cores_each)) if share == 0 else None
         remote = ray.remote(ImageWorker).options(
-            num_cpus=min(share, threads or 1), num_gpus=gpus_per_actor, max_restarts=-1, max_task_retries=0
+            num_cpus=min(cores_each, threads or 1), num_gpus=share, max_restarts=-1, max_task_retries=0
         )
+        config = replace(config, device="cuda" if share else "cpu")
         pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
         stack.callback(pool.close)
         yield pool
 
 
-def colorize_on(
-    pool: ActorPool, config: RunConfig, planned: PlannedImage, image_timeout_seconds: float, max_attempts: int
-) -> list[Row]:
-    """Colour one image on an actor of the pool. Every outcome is rows, but for what `borrow` raises.
+def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage) -> list[Row]:
+    """Colorize one image on an actor of the pool. Every outcome is rows, except for what `borrow` raises.
 
-    An image whose actor dies is tried again, up to `max_attempts` times in all, at a smaller size if memory had run
-    out; then it is quarantined with what happened each time. An image that takes longer than
-    `image_timeout_seconds` has its actor killed, which counts as such a death; that of an actor whose node is
-    lost does not.
+    If the actor dies, the image is tried again, up to `max_attempts` times in all, at a smaller size if memory had
+    run out. Then it is quarantined with what happened each time. An image that takes longer than
+    `image_timeout_seconds` has its actor killed, which counts as a death. A lost node does not count.
     """
     import ray
 
@@ -233,12 +259,12 @@ def colorize_on(
     deaths: list[str] = []
     losses = 0
     smaller_because: str | None = None
-    while len(deaths) < max_attempts:
+    while len(deaths) < config.options.max_attempts:
         if deaths or losses:
             pool.pause(len(deaths) + losses)
         try:
             with pool.borrow() as actor:
-                return actor.colorize(planned, image_timeout_seconds, smaller_because)
+                return actor.colorize(planned, config.options.image_timeout_seconds, smaller_because)
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
         except ActorGoneError as gone:

@@ -35,25 +35,6 @@ _MISSPELT = 0.8
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One picture to make of an image: coloured by `target_prompt`, or the primary if there is none."""
-
-    name: str
-    target_prompt: str | None
-
-
-@dataclass(frozen=True)
-class ImageWork:
-    """One fit and the variants to make from it. `problem` says why it cannot be made."""
-
-    image_key: str
-    version: str
-    context_prompt: str | None
-    variants: tuple[Variant, ...]
-    problem: ValueError | None = None
-
-
-@dataclass(frozen=True)
 class CatalogRow:
     """A row of a catalog. The first row after the header has number 1."""
 

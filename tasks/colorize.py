@@ -12,14 +12,13 @@ from datetime import UTC, datetime
 import torch
 
 from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, read_scan
-from diffcolor_core.fits import FitError
+from diffcolor_core.errors import FitError
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import InvalidKeyError, OversizeError, UnsafeFileError
-from tasks.layout import FIT_FILES, fit_folder, key_of, picture_stem
-from tasks.planning import PlannedImage, RunConfig
+from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
+from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
 from tasks.storage import Store
-from tasks.verify import FILES, sha256_of
 
 MAX_FILE_BYTES = 4 * 2**30
 """Of an image file: four times what the largest picture that is read holds in 16 bits."""
@@ -32,14 +31,10 @@ class ImageWorker:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.config = config
-        self.archive, self.output = Store(config.archive), Store(config.output)
-        self.pipe = DiffColor.from_pretrained(config.model, settings=config.settings, device=config.device)
-        loaded = self.pipe.checkpoint.model_revision
-        if loaded != config.model_revision:
-            raise RuntimeError(
-                f"the run was planned with model {config.model_id} at {config.model_revision}, but this worker "
-                f"loaded {loaded}: is {config.model!r} another folder here?"
-            )
+        self.archive, self.output = Store(config.options.archive), Store(config.options.output)
+        self.pipe = DiffColor.from_pretrained(
+            config.options.model, settings=config.settings, device=config.device, revision=config.model_revision
+        )
 
     def ready(self) -> str:
         """Answers once the model is loaded: the id of the Ray node, if there is one."""
@@ -106,22 +101,21 @@ class ImageWorker:
     def _has_files(self, row: Row) -> bool:
         """Whether the files that an earlier row names are there, and its picture is still the one that it made."""
         keys = {file: key_of(row[f"{file}_uri"]) for file in FILES if row[f"{file}_uri"] is not None}
-        return (
-            all(map(self.output.has, keys.values())) and sha256_of(self.output, keys["output"]) == row["output_sha256"]
-        )
+        return all(map(self.output.has, keys.values())) and self.output.sha256(keys["output"]) == row["output_sha256"]
 
     def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
         """The fit, made or loaded, then the variants."""
         start = time.perf_counter()
         key, context, sha256 = planned.work.image_key, planned.work.context_prompt, shared["input_sha256"]
-        fit, columns = self._fit(scan, context or "", pipe, shared)
+        has_targets = any(variant.target_prompt is not None for variant in planned.work.variants)
+        fit, columns = self._fit(scan, context or "", pipe, shared, has_targets=has_targets)
         shared |= columns | {
             "rewritten_prompt": fit.rewritten_prompt,
             "stage1_seconds": fit.stage1_seconds,
             "stage2_seconds": fit.stage2_seconds,
         }
         primary_stem = picture_stem(key, sha256, self.config.config_sha256(context, None), primary=True)
-        primary_key = f"{primary_stem}{SUFFIX[self.config.image_format]}"
+        primary_key = f"{primary_stem}{SUFFIX[self.config.options.image_format]}"
         shared["primary_uri"] = self.output.uri(primary_key)
         asked = any(variant.target_prompt is None for variant in planned.work.variants)
         if asked or not self.output.has(primary_key):
@@ -143,16 +137,23 @@ class ImageWorker:
             rows.append(self._row(planned, index, result, shared | files, seconds))
         return rows
 
-    def _fit(self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row) -> tuple[Fit, Row]:
-        """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns."""
-        if not self.config.keep_fits or "fallback" in shared:
-            return pipe.fit(scan, context_prompt, seed=self.config.seed), {"fit_reused": False}
+    def _fit(
+        self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row, *, has_targets: bool
+    ) -> tuple[Fit, Row]:
+        """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns.
+
+        Without targets and without a place to keep it, the fit stops after stage 1.
+        """
+        seed = self.config.options.seed
+        if not self.config.options.keep_fits or "fallback" in shared:
+            fit = pipe.fit(scan, context_prompt, seed=seed, primary_only=not has_targets)
+            return fit, {"fit_reused": False}
         folder = fit_folder(shared["input_sha256"], self.config.fit_sha256(context_prompt))
         url = self.output.uri(folder)
         try:
             fit, reused = self.output.patiently(lambda: pipe.load_fit(url, scan)), True
         except FitError:  # none yet, or one that a crash left half written
-            fit, reused = pipe.fit(scan, context_prompt, seed=self.config.seed), False
+            fit, reused = pipe.fit(scan, context_prompt, seed=seed), False
             for name, data in fit.files(with_scan=False).items():
                 self.output.write(f"{folder}/{name}", data)
         size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
@@ -164,8 +165,8 @@ class ImageWorker:
         provenance = fit.provenance(prompt, self.config.run_id)
         columns: Row = {}
         formats: tuple[tuple[str, ImageFormat | None], ...] = (
-            ("output", self.config.image_format),
-            ("access", self.config.access_copy if with_access_copy else None),
+            ("output", self.config.options.image_format),
+            ("access", self.config.options.access_copy if with_access_copy else None),
         )
         for file, image_format in formats:
             if image_format is None:
@@ -186,7 +187,6 @@ class ImageWorker:
             | {
                 "status": "ok",
                 "alpha": result.alpha,
-                "alpha_scores": [{"alpha": a, "score": s} for a, s in result.alpha_scores.items()],
                 "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "total_seconds": seconds,

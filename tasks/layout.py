@@ -29,6 +29,8 @@ RESULTS = "results.parquet"
 TEMPORARY = ".tmp"
 PROBE = "probe-"
 
+FILES = ("output", "access", "primary")
+"""The files of a row: each is named by <file>_uri, its hash is <file>_sha256."""
 FIT_FILES = ("fit.safetensors", "fit.json")
 """The files of a kept fit, in the order in which they are written: without the second there is no fit."""
 EXPIRED = "expired"

@@ -1,8 +1,6 @@
-"""What is left to do, cut into shards."""
+"""Planning: images and prompts, less what the manifest has already, cut into shards."""
 
 import fcntl
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -10,97 +8,23 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from diffcolor_core._version import METHOD_VERSION
-from diffcolor_core.config import Settings
-from tasks.archive import CatalogRow, ImageWork, Variant, is_image_key, variant_name
+from tasks.archive import CatalogRow, is_image_key, variant_name
 from tasks.errors import CatalogError, MissingImageError, MissingPromptError, NoManifestError
 from tasks.manifest import MISSING_OUTPUT, connect
+from tasks.records import ImageWork, PlannedImage, RunConfig, Shard, Variant
 from tasks.storage import Store
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """All that a run does to every image."""
-
-    run_id: str
-    archive: str
-    """fsspec URL of the scans."""
-    output: str
-    """fsspec URL of images and manifest."""
-    model: str
-    """As for `DiffColor.from_pretrained`."""
-    model_id: str
-    model_revision: str
-    preset: str
-    """Name of the settings."""
-    settings: Settings
-    """The preset's, with `overrides`."""
-    seed: int
-    device: str
-    overrides: dict[str, Any] | None = None
-    """As for `preset`: settings that differ from it, by path."""
-    image_format: Literal["png", "tiff"] = "png"
-    """Of the colorized pictures: lossless, at the scan's bit depth."""
-    access_copy: Literal["jpeg", "webp"] | None = None
-    """A small lossy copy beside each picture."""
-    keep_fits: bool = True
-    """Keep each fit beside the images, for later colours without fitting again."""
-    generation: int = 0
-    """The run's number on its output."""
-
-    @cached_property
-    def _fit_inputs(self) -> str:
-        model = [self.model_id, self.model_revision]
-        return json.dumps([METHOD_VERSION, model, self.settings.sha256(), self.seed])
-
-    def fit_sha256(self, context_prompt: str | None) -> str:
-        """Hash of all that shapes a fit besides the image itself."""
-        return hashlib.sha256(f"{self._fit_inputs}{json.dumps(context_prompt)}".encode()).hexdigest()
-
-    def config_sha256(self, context_prompt: str | None, target_prompt: str | None) -> str:
-        """Hash of all that shapes a result besides the image itself."""
-        files = json.dumps([context_prompt, target_prompt, self.image_format, self.access_copy])
-        return hashlib.sha256(f"{self._fit_inputs}{files}".encode()).hexdigest()
-
-    def record(self) -> dict[str, Any]:
-        """As JSON: the run's record beside the manifest."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"settings": self.settings.model_dump(mode="json")}
-
-
-@dataclass(frozen=True)
-class PlannedImage:
-    """An image's work with the attempt number that each of its variants has now.
-
-    earlier: for each variant the manifest's ok rows, of any run, of the same configuration from files that
-    may be the same, now renamed, touched or changed back: the content's hash decides.
-    """
-
-    work: ImageWork
-    attempts: tuple[int, ...]
-    earlier: tuple[tuple[dict[str, Any], ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The images of one Prefect task."""
-
-    number: int
-    images: tuple[PlannedImage, ...]
-
-
 def output_below(archive: Store, output: Store) -> str | None:
-    """Where in the archive the output lies, as in "out/": what is below are no scans. None if it lies elsewhere.
+    """The output's folder below the archive, as in "out/", whose files are no scans. None if it lies elsewhere.
 
     Raises ValueError if the archive lies in the output, or is the same folder.
     """
@@ -115,9 +39,9 @@ def output_below(archive: Store, output: Store) -> str | None:
 
 
 def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
-    """Images of each shard: `size`, and ever fewer towards the end, so that all actors end together.
+    """The number of images of each shard: `size`, then fewer and fewer, so that all actors end together.
 
-    That is guided self-scheduling (Polychronopoulos and Kuck 1987): of what is left an actor's share, rounded up.
+    This is guided self-scheduling (Polychronopoulos and Kuck 1987): one actor's share of what is left, rounded up.
     """
     if size < 1:
         raise ValueError(f"shard_size is {size}, but a shard holds at least 1 image")
@@ -128,16 +52,46 @@ def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
 
 
 class Plan:
-    """What is to do, kept in a database on disk: shards are read from it as they are needed."""
+    """A catalog, and what is to be done of it, in a database on disk: memory does not grow with the archive."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, done_before: dict[str, int]) -> None:
+    def __init__(self, database: duckdb.DuckDBPyConnection) -> None:
         self._database = database
-        self.done_before = done_before
+        self.done_before: dict[str, int] = {}
         """Variants that earlier runs have done, by status."""
+        self.num_images = 0
+
+    def fill(self, config: RunConfig) -> None:
+        """Find out what is to be done: images x prompts, less what the manifest has for this configuration.
+
+        Every file of the archive that is neither hidden nor a sidecar counts as an image; if it turns out to be
+        none, it is quarantined. Without `whole_archive` only the images count that the catalog names, and a row
+        without a context prompt takes that of the image's last row in the manifest. What is ok is done, and so is
+        what is quarantined, unless `retry` says otherwise. What failed is tried again under its next attempt number.
+        """
+        options = config.options
+        archive, output = Store(options.archive), Store(options.output)
+        database = self._database
+        database.execute("create table files (key varchar, version varchar)")
+        own = output_below(archive, output)
+        files = (f for f in archive.walk() if is_image_key(f[0]) and not (own and f[0].startswith(own)))
+        _insert(database, "files", files)
+        _load_known(database, output)
+        # One table after the other: their joins and sorts do not fit the memory limit together.
+        database.execute(_ASKED, {"prompt": options.prompt, "whole": config.whole_archive})
+        database.execute(_WORK)
+        database.execute(_IN_ORDER)
+        done_before: Counter[str] = Counter()
+        database.execute(
+            """create table todo (n bigint, fit bigint, image varchar, context varchar, target varchar, version varchar,
+            number bigint, attempt integer, config varchar, columns varchar)"""
+        )
+        _insert(database, "todo", _what_is_left(database, config, done_before))
+        _load_earlier(database, output)
+        self.done_before = dict(done_before)
         (self.num_images,) = database.execute("select count(distinct fit) from todo").fetchone() or (0,)
 
     def shards(self, size: int, num_actors: int = 1) -> Iterator[Shard]:
-        """The planned images in order, as many at a time as `shard_sizes` says."""
+        """The planned images in order, in shards of the sizes that `shard_sizes` gives."""
         images = self._images()
         for number, num_images in enumerate(shard_sizes(self.num_images, size, num_actors)):
             yield Shard(number, tuple(islice(images, num_images)))
@@ -151,14 +105,14 @@ class Plan:
                 problem = MissingImageError(f"catalog row {number} names {image!r}, which is not in the archive")
             elif context is None:
                 problem = MissingPromptError("the catalog has no context prompt for it, and no --prompt was given")
-            variants = tuple(Variant(variant_name(context, row[4]), row[4]) for row in rows)
+            variants = tuple(Variant(variant_name(context, row[4]), row[4], row[8]) for row in rows)
             work = ImageWork(image, version or "", context, variants, problem)
-            yield PlannedImage(work, tuple(row[7] for row in rows), tuple(row[8] for row in rows))
+            yield PlannedImage(work, tuple(row[7] for row in rows), tuple(row[9] for row in rows))
 
     def _todo(self) -> Iterator[tuple[Any, ...]]:
-        """The rows of `todo` in order, each with its earlier rows: looked up a few at a time, for they are wide."""
+        """The rows of `todo` in order, each with its earlier rows. Those are wide, so only a few are held at a time."""
         todo, lookup = self._database.cursor(), self._database.cursor()
-        todo.execute("select fit, n, image, context, target, version, number, attempt from todo order by n")
+        todo.execute("select fit, n, image, context, target, version, number, attempt, columns from todo order by n")
         while rows := todo.fetchmany(1_000):
             earlier: dict[int, list[dict[str, Any]]] = {row[1]: [] for row in rows}
             lookup.execute("select n, row from earlier where n between ? and ?", [rows[0][1], rows[-1][1]])
@@ -168,51 +122,17 @@ class Plan:
 
 
 @contextmanager
-def open_plan(
-    archive: Store,
-    output: Store,
-    config: RunConfig,
-    catalog: Iterable[CatalogRow] | None,
-    *,
-    prompt: str | None = None,
-    limit: int | None = None,
-    retry_quarantined: bool = False,
-    whole_archive: bool = True,
-) -> Iterator[Plan]:
-    """Images x prompts, less what the manifest has for the same content and configuration.
-
-    Every file of the archive that is not hidden or a sidecar counts as an image: what turns out to
-    be none is quarantined, not passed over; `whole_archive` off, only those that the catalog names, and
-    a row without a context prompt has that of the image's last row in the manifest. `prompt` is the
-    context prompt of images for which the catalog has none. What is ok is done, what is quarantined
-    too unless `retry_quarantined`; what failed is tried again, its attempt counted on.
-
-    Everything streams through a database in a temporary folder: memory does not grow with the archive.
-    Raises CatalogError.
-    """
+def open_plan(catalog: Iterable[CatalogRow] | None) -> Iterator[Plan]:
+    """A plan that holds the catalog and nothing else yet, in a temporary folder. Raises CatalogError."""
     with _own_folder() as folder:
         database = duckdb.connect(f"{folder}/plan.duckdb", config={"memory_limit": "200MB", "threads": 2})
-        database.execute("create table files (key varchar, version varchar)")
-        own = output_below(archive, output)
-        files = (f for f in archive.walk() if is_image_key(f[0]) and not (own and f[0].startswith(own)))
-        _insert(database, "files", files)
-        database.execute("create table catalog (number bigint, image varchar, context varchar, target varchar)")
-        rows = catalog or ()
-        _insert(database, "catalog", ((r.number, r.image, r.context_prompt, r.target_prompt) for r in rows))
-        _refuse_duplicates(database)
-        _load_known(database, output)
-        # One table after the other: their joins and sorts do not fit the memory limit together.
-        database.execute(_ASKED, {"prompt": prompt, "whole": whole_archive})
-        database.execute(_WORK)
-        database.execute(_IN_ORDER)
-        done_before: Counter[str] = Counter()
         database.execute(
-            """create table todo (n bigint, fit bigint, image varchar, context varchar, target varchar, version varchar,
-            number bigint, attempt integer, config varchar)"""
+            "create table catalog (number bigint, image varchar, context varchar, target varchar, columns varchar)"
         )
-        _insert(database, "todo", _what_is_left(database, config, limit, retry_quarantined, done_before))
-        _load_earlier(database, output)
-        yield Plan(database, dict(done_before))
+        rows = ((r.number, r.image, r.context_prompt, r.target_prompt, r.extra) for r in catalog or ())
+        _insert(database, "catalog", rows)
+        _refuse_duplicates(database)
+        yield Plan(database)
         database.close()
 
 
@@ -221,14 +141,14 @@ _FOLDER = "diffcolor-plan-"
 
 @contextmanager
 def _own_folder() -> Iterator[str]:
-    """A temporary folder, locked while it is in use; those that killed runs have left behind are removed."""
+    """A temporary folder, locked while it is in use. Removes the folders that killed runs have left behind."""
     for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*/lock"):
         with suppress(OSError), left.open("rb") as lock:  # in use, another user's, or gone meanwhile
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent)
     with tempfile.TemporaryDirectory(prefix=_FOLDER) as folder, tempfile.NamedTemporaryFile(dir=folder) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        os.link(lock.name, f"{folder}/lock")  # it is there once it is locked
+        os.link(lock.name, f"{folder}/lock")  # under this name only once it is locked
         yield folder
 
 
@@ -238,14 +158,16 @@ create table asked as
         select image_key, arg_max(context_prompt, generation) as last_context from known group by image_key
     ),
     named as (
-        select image, coalesce(context, last_context, $prompt) as context, target, number
+        select image, coalesce(context, last_context, $prompt) as context, target, number, columns
         from catalog left join inherited on not $whole and inherited.image_key = image
         union all
-        select key, $prompt, null, null from files where $whole and key not in (select image from catalog)
+        select key, $prompt, null, null, null from files where $whole and key not in (select image from catalog)
         union all
-        select image_key, context_prompt, target_prompt, null from known where queued
+        select image_key, context_prompt, target_prompt, null, catalog_columns from known where queued
     )
-    select image, context, target, coalesce(min(number), 0) as number from named group by all
+    select image, context, target, coalesce(min(number), 0) as number,
+        coalesce(arg_min(columns, number), any_value(columns)) as columns
+    from named group by image, context, target
 """
 _WORK = """
 create table work as
@@ -259,35 +181,34 @@ _IN_ORDER = "create table ordered as from work order by image, context nulls fir
 
 
 def _what_is_left(
-    database: duckdb.DuckDBPyConnection,
-    config: RunConfig,
-    limit: int | None,
-    retry_quarantined: bool,
-    done_before: Counter[str],
+    database: duckdb.DuckDBPyConnection, config: RunConfig, done_before: Counter[str]
 ) -> Iterator[tuple[object, ...]]:
-    """Rows of `todo`, numbered here: windows over a million rows take memory. `ordered` keeps its order."""
-    done = ("ok",) if retry_quarantined else ("ok", "quarantined")
+    """Rows of `todo`. They are numbered here, as window functions over a million rows take memory."""
+    options = config.options
+    done = ("ok",) if options.retry == "quarantined" else ("ok", "quarantined")
     cursor = database.cursor()
-    cursor.execute("""select image, context, target, version, number, status, attempt, config_sha256, input_version
-        from ordered""")
+    cursor.execute("""select image, context, target, version, number, status, attempt, config_sha256, input_version,
+        columns from ordered""")
     numbers = count()
     fits = groupby(_fetch(cursor), key=itemgetter(0, 1))
-    for fit, (_, rows) in enumerate(islice(fits, limit)):
-        for _, same in groupby(rows, key=itemgetter(2)):  # two files, if their escaped names are one
-            image, context, target, version, number, status, attempt, known_config, known_version = next(same)
+    for fit, (_, rows) in enumerate(islice(fits, options.limit)):
+        for _, same in groupby(rows, key=itemgetter(2)):  # two files whose escaped names are the same
+            image, context, target, version, number, status, attempt, known_config, known_version, columns = next(same)
             wanted = config.config_sha256(context, target)
             unchanged = known_config == wanted and (known_version or "") == (version or "")
             if unchanged and status in done:
                 done_before[status] += 1
                 continue
-            yield (next(numbers), fit, image, context, target, version, number, attempt + 1 if unchanged else 1, wanted)
+            attempt = attempt + 1 if unchanged else 1
+            yield (next(numbers), fit, image, context, target, version, number, attempt, wanted, columns)
 
 
 def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
-    """What planning needs of the manifest: of each variant the latest row, and whatever has been done ever."""
+    """What planning needs of the manifest: the latest row of each variant, and everything that was ever done."""
     database.execute(
         """create table known (image_key varchar, context_prompt varchar, target_prompt varchar, status varchar,
-        attempt integer, config_sha256 varchar, input_version varchar, generation bigint, queued boolean)"""
+        attempt integer, config_sha256 varchar, input_version varchar, generation bigint, queued boolean,
+        catalog_columns varchar)"""
     )
     database.execute("create table done (image_key varchar, config_sha256 varchar, input_version varchar)")
     try:
@@ -295,7 +216,7 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     except NoManifestError:
         return
     columns = f"""image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
-        coalesce(generation, 0), coalesce(error_class = '{MISSING_OUTPUT}', false)"""
+        coalesce(generation, 0), coalesce(error_class = '{MISSING_OUTPUT}', false), catalog_columns"""
     _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from results"))
     rows = manifest.execute(
         "select image_key, config_sha256, coalesce(input_version, '') from attempts where status = 'ok'"
@@ -314,7 +235,7 @@ _CANDIDATES = (
 
 
 def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
-    """The whole manifest rows that planned work may turn out to be: of its image, or of one file with its token."""
+    """Whole manifest rows that may answer planned work: those of its image, or of one file with its version token."""
     database.execute("create table earlier (n bigint, row integer)")
     for statement in _CANDIDATES:
         database.execute(statement)
@@ -332,7 +253,7 @@ def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
 
 
 def _stream(database: duckdb.DuckDBPyConnection, sql: str, rows: duckdb.DuckDBPyConnection) -> None:
-    """Run `sql` over the rows of another connection's query, as `batches`."""
+    """Run `sql`, which reads the rows of another connection's query as the table `batches`."""
     database.register("batches", rows.to_arrow_reader(10_000))
     database.execute(sql)
     database.unregister("batches")

@@ -1,16 +1,16 @@
-"""What a manifest row holds of an image whatever becomes of it."""
+"""The columns that every manifest row has, whatever the outcome."""
 
 from datetime import UTC, datetime
 from typing import Any
 
 from diffcolor_core import __version__
-from tasks.planning import PlannedImage, RunConfig
+from tasks.records import PlannedImage, RunConfig
 
 Row = dict[str, Any]
 
 
 def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
-    """What a row of this variant holds whatever becomes of it."""
+    """The columns of variant `index` that do not depend on the outcome."""
     work, variant = planned.work, planned.work.variants[index]
     now = datetime.now(UTC)
     return {
@@ -18,25 +18,26 @@ def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
         "image_key": work.image_key,
         "variant": variant.name,
         "attempt": planned.attempts[index],
-        "input_uri": f"{config.archive.rstrip('/')}/{work.image_key}",
+        "input_uri": f"{config.options.archive.rstrip('/')}/{work.image_key}",
         "input_version": work.version,
         "context_prompt": work.context_prompt,
         "target_prompt": variant.target_prompt,
         "model_id": config.model_id,
         "model_revision": config.model_revision,
         "config_sha256": config.config_sha256(work.context_prompt, variant.target_prompt),
-        "seed": config.seed,
+        "seed": config.options.seed,
         "started_at": now,
         "finished_at": now,
         "software_version": __version__,
         "generation": config.generation,
+        "catalog_columns": variant.catalog_columns,
     }
 
 
 def error_rows(
     config: RunConfig, planned: PlannedImage, status: str, error: BaseException, shared: Row | None = None
 ) -> list[Row]:
-    """A row per variant of an image that could not be coloured."""
+    """One row for each variant of an image that could not be colorized."""
     what = {
         "status": status,
         "error_class": type(error).__name__,

@@ -156,6 +156,13 @@ class Store:
             raise OversizeError(f"{key!r} has {size} bytes, the limit is {max_bytes}")
         return self.patiently(lambda: self._unpacked(key, lambda: bytes(self.fs.cat_file(path))))
 
+    def sha256(self, key: str) -> str | None:
+        """Hash of the file at `key`; None if there is no file that can be read."""
+        try:
+            return hashlib.sha256(self.read(key)).hexdigest()
+        except (FileNotFoundError, UnsafeFileError):
+            return None
+
     def size(self, key: str) -> int:
         """Bytes of the file at `key`. Raises FileNotFoundError."""
         path = self._path(key)

@@ -1,6 +1,5 @@
 """Compares an output's files with its manifest, and queues again what is missing or changed."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,7 +12,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from tasks.errors import UnsafeFileError
-from tasks.layout import EXPIRED, FIT_FILES, RESULTS, damaged, is_record, key_of, repair_name
+from tasks.layout import EXPIRED, FILES, FIT_FILES, RESULTS, damaged, is_record, key_of, repair_name
 from tasks.lease import hold_output
 from tasks.manifest import (
     MISSING_OUTPUT,
@@ -26,9 +25,6 @@ from tasks.manifest import (
     publish_results,
 )
 from tasks.storage import Store
-
-FILES = ("output", "access", "primary")
-"""The files of a row: each is named by <file>_uri, its hash is <file>_sha256."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +141,10 @@ def _wrong_files(
                 break
             if key not in whole:
                 expected = hashes.get(key)
-                whole[key] = expected is None or expected == sha256_of(output, key)
+                whole[key] = expected is None or expected == output.sha256(key)
             if not whole[key]:
                 yield Finding("changed", key, f"its bytes are not those made of {row['image_key']!r}", row)
                 break
-
-
-def sha256_of(output: Store, key: str) -> str | None:
-    """Hash of the file at `key`; None if it is missing or must not be read."""
-    try:
-        return hashlib.sha256(output.read(key)).hexdigest()
-    except (FileNotFoundError, UnsafeFileError):
-        return None
 
 
 def _known_fit_files(connection: Any) -> set[str]:
@@ -184,7 +172,7 @@ def _wrong_fits(output: Store, connection: Any, there: set[str], read_files: boo
 
 def _is_whole_fit(output: Store, tensors_key: str, record_key: str) -> bool:
     try:
-        return bool(json.loads(output.read(record_key))["tensors_sha256"] == sha256_of(output, tensors_key))
+        return bool(json.loads(output.read(record_key))["tensors_sha256"] == output.sha256(tensors_key))
     except (FileNotFoundError, UnsafeFileError, ValueError, KeyError, TypeError):
         return False
 

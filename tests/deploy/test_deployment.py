@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prefect.flows import load_flow_from_entrypoint
 from pydantic import BaseModel, ConfigDict
 
 from support.pictures import make_archive
@@ -52,22 +53,17 @@ class _Deployment(_Strict):
 
 def test_the_file_has_no_misspelt_key_and_fits_the_flow():
     """`prefect deploy` accepts a key that it does not know and makes a deployment without it."""
-    from flows.colorize_archive import colorize_archive
-    from flows.recolor_archive import recolor_archive
-
     content = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
     assert set(content) == {"name", "prefect-version", "pull", "definitions", "deployments"}
+    assert content["pull"] == [], "nothing but an empty list keeps Prefect from a step that enters this checkout"
     deployments = {d["name"]: _Deployment(**d) for d in content["deployments"]}
     assert set(deployments) == {"on-demand", "nightly", "recolor"}
     assert [s.cron for s in deployments["nightly"].schedules] == ["0 2 * * *"]
-    flows = {
-        "flows/colorize_archive.py:colorize_archive": colorize_archive,
-        "flows/recolor_archive.py:recolor_archive": recolor_archive,
-    }
     for deployment in deployments.values():
-        parameters = flows[deployment.entrypoint].parameters.properties
+        parameters = load_flow_from_entrypoint(deployment.entrypoint, use_placeholder_flow=False).parameters.properties
         assert set(deployment.parameters) <= set(parameters)
-        assert all(p.get("description") for p in parameters.values())
+        for name, value in deployment.parameters.items():
+            assert value != parameters[name].get("default"), f"{name} is the default already"
 
 
 @pytest.fixture
@@ -84,9 +80,8 @@ def prefect(tmp_path):
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        "DIFFCOLOR_HOME": str(ROOT),
-        "DIFFCOLOR_ARCHIVE": "in",
-        "DIFFCOLOR_OUTPUT": "out",
+        "DIFFCOLOR_ARCHIVE": "/in",
+        "DIFFCOLOR_OUTPUT": "/out",
         "NO_COLOR": "1",
         MARK: secrets.token_hex(8),
         "COLUMNS": "200",
@@ -95,8 +90,8 @@ def prefect(tmp_path):
 
     def start(*arguments: str) -> subprocess.Popen:
         log = (tmp_path / f"{arguments[0]}.log").open("w")
-        process = subprocess.Popen(
-            [PREFECT, *arguments], env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        process = subprocess.Popen(  # anywhere: the worker needs no checkout
+            [PREFECT, *arguments], env=env, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
         )
         started.append(process)
         return process
@@ -138,6 +133,9 @@ def prefect(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
+    def flow_run(id: str) -> dict:
+        return httpx.get(f"{prefect.api}/flow_runs/{id}").json()
+
     prefect("work-pool", "create", "diffcolor", "--type", "process")
     prefect("deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
     listed = prefect("deployment", "ls")
@@ -157,11 +155,13 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     text = prefect(
         *("deployment", "run", "colorize-archive/on-demand", "--watch"),
         *("-p", f"archive={small_archive}", "-p", f"output={output}", "-p", f"model={tiny_folder}"),
+        *("-p", 'options={"shard_size": 2, "access_copy": "jpeg"}'),
         timeout=400,
     )
     assert "finished successfully" in text
     found = query(Store(str(output)), "select status, count(*) from results group by all order by all").fetchall()
     assert found == [("ok", 4), ("quarantined", 1)]
+    assert query(Store(str(output)), "select count(access_uri) from results").fetchall() == [(4,)]
     targets = tmp_path / "targets.csv"
     targets.write_text("image,target_prompt\nscan 1.png,a purple box on a yellow table\n")
     text = prefect(
@@ -171,6 +171,15 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     )
     assert "finished successfully" in text
     assert query(Store(str(output)), "select count(*) from results where fit_reused").fetchall() == [(1,)]
+
+    # a relative output would be deleted with the worker's folder
+    text = prefect(
+        *("deployment", "run", "colorize-archive/on-demand"),
+        *("-p", f"archive={small_archive}", "-p", "output=out", "-p", f"model={tiny_folder}"),
+    )
+    (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
+    wait_for(lambda: flow_run(flow_run_id)["state_type"] == "FAILED", seconds=120)
+    assert "'out' is relative to the worker's folder" in flow_run(flow_run_id)["state"]["message"]
 
     # a cancelled run commits what is finished, releases its actors, and is ended
     many = make_archive(tmp_path / "many", 16)
@@ -183,10 +192,7 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     wait_for(lambda: sum("/target-" in key for key, _ in cancelled.list()) >= 3, seconds=200)
     prefect("flow-run", "cancel", flow_run_id)
 
-    def state() -> str:
-        return httpx.get(f"{prefect.api}/flow_runs/{flow_run_id}").json()["state_type"]
-
-    wait_for(lambda: state() == "CANCELLED", seconds=120)
+    wait_for(lambda: flow_run(flow_run_id)["state_type"] == "CANCELLED", seconds=120)
     wait_for(lambda: not processes(prefect.mark, "ray::", "raylet"), seconds=60)
     assert cancelled.has("runs/000001.end"), "a cancelled run must not look alive"
     ((num_ok,),) = query(cancelled, "select count(*) from results where status = 'ok'").fetchall()

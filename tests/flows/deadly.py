@@ -7,7 +7,7 @@ from pathlib import Path
 from diffcolor_core import Fit
 from tasks import colorize
 from tasks.colorize import ImageWorker
-from tasks.planning import PlannedImage, RunConfig
+from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row
 
 
@@ -26,11 +26,11 @@ class BrokenWorker(ImageWorker):
 
 
 class HalfBrokenWorker(ImageWorker):
-    """Of all its processes the first one cannot be started."""
+    """The first of its processes cannot be started."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
         try:
-            Path(f"{config.output}.broken").touch(exist_ok=False)
+            Path(f"{config.options.output}.broken").touch(exist_ok=False)
         except FileExistsError:
             super().__init__(config, num_threads)
         else:

@@ -2,17 +2,23 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffcolor_core import DiffColor
+from diffcolor_core import DiffColor, __version__
 from flows.cli import app
+from flows.cli.coloring import _warn_of_demo
+from flows.cli.common import notes
+from flows.cli.options import checked
 from tasks.manifest import commit_part
 from tasks.progress import visible
 from tasks.storage import Store
@@ -31,10 +37,44 @@ def run():
     return call
 
 
-@pytest.mark.parametrize("command", ["colorize", "run", "query", "status", "study"])
-def test_help_teaches(run, command):
-    assert "Example" in run(command, "--help") or command == "status"
-    assert command in run("--help")
+COMMANDS = list(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_help(run, command):
+    assert re.search(rf"Usage: \S+ {command} ", run(command, "-h"))
+    assert f"│ {command} " in run("--help")
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "status"])  # it takes nothing
+def test_help_teaches_by_an_example(run, command):
+    assert f"Example: diffcolor {command} " in run(command, "--help")
+
+
+def test_the_help_of_run_shows_about_ten_flags_first(run):
+    text = run("run", "--help")
+    panels = {part.split(" ─")[0]: part for part in text.split("╭─ ")[1:]}
+    assert list(panels) == ["Arguments", "Options", "Pictures", "Machines", "Resuming and faults"]
+    first = re.findall(r"^│ +(--[a-z-]+)", panels["Options"], re.MULTILINE)
+    assert first == [
+        "--output",
+        "--catalog",
+        "--prompt",
+        "--model",
+        "--preset",
+        "--limit",
+        "--quiet",
+        "--verbose",
+        "--help",
+    ]
+
+
+def test_version(run):
+    assert run("--version") == f"diffcolor {__version__}\n"
+
+
+def test_shells_can_complete(run):
+    assert "--install-completion" in run("--help")
 
 
 def test_one_picture(run, small_archive, tiny_folder, tmp_path):
@@ -48,7 +88,7 @@ def test_one_picture(run, small_archive, tiny_folder, tmp_path):
             "--target",
             "a red ball on a table",
         ),
-        *("--target", "a [blue] ball [/b] on a table", "--model", tiny_folder, "--out", out),
+        *("--target", "a [blue] ball [/b] on a table", "--model", tiny_folder, "-o", out),
     )
     assert {p.name for p in out.iterdir()} == {"primary.png", "target-1.png", "target-2.png"}
     assert "a [blue] ball [/b] on a table" in text, "a prompt is no markup"
@@ -57,7 +97,7 @@ def test_one_picture(run, small_archive, tiny_folder, tmp_path):
 def test_one_picture_as_tiff_with_its_fit_kept(run, small_archive, tiny_folder, tmp_path):
     scan, out = small_archive / "scan 0.png", tmp_path / "one"
     options = ("--prompt", "a ball on a table", "--format", "tiff", "--save-fit", tmp_path / "fit")
-    run("colorize", scan, *options, "--model", tiny_folder, "--out", out)
+    run("colorize", scan, *options, "--model", tiny_folder, "-o", out)
     with Image.open(out / "primary.tif") as image:
         assert b"a ball on a table" in image.tag_v2[700]
     pipe = DiffColor.from_pretrained(str(tiny_folder))
@@ -80,17 +120,19 @@ def test_a_study_by_command(run, tiny_folder, tmp_path):
     ("change", "message"),
     [
         ({"--model": "nonsense"}, "no model 'nonsense'"),
-        ({"--preset": "fast"}, "no preset 'fast'"),
+        ({"--preset": "fast"}, "'fast' is not one of"),
+        ({"--device": "gpu"}, "give `auto`, `cpu`"),
+        ({"--device": "cuda:99"}, "torch sees"),
         ({"--set": "stage2.alpha=1"}, "did you mean 'stage2.alphas'"),
         ({"--set": "batch_size"}, "PATH=VALUE"),
         ({"--set": "stage1.learning_rate=Infinity"}, "finite number"),
         ({"--prompt": " "}, "context prompt is empty"),
         ({"image": "broken.jpg"}, "OSError|truncated|not a picture"),
-        ({"image": "none.png"}, "No such file"),
+        ({"image": "none.png"}, "there is no picture at"),
     ],
 )
 def test_wrong_usage_of_colorize_is_exit_2(run, small_archive, tiny_folder, tmp_path, change, message):
-    options = {"--prompt": "a ball", "--model": str(tiny_folder), "--out": str(tmp_path / "o")}
+    options = {"--prompt": "a ball", "--model": str(tiny_folder), "--output": str(tmp_path / "o")}
     image = small_archive / change.pop("image", "scan 0.png")
     options |= change
     output = run("colorize", image, *(part for option in options.items() for part in option), code=2)
@@ -152,6 +194,87 @@ def test_nothing_there(run, tmp_path):
     assert "no archive at" in run("run", tmp_path / "none", tmp_path / "out", code=2)
     (tmp_path / "scan.png").touch()
     assert "no archive at" in run("run", tmp_path / "scan.png", tmp_path / "out", code=2)
+    assert "no archive: write `diffcolor run ARCHIVE OUTPUT`" in run("run", code=2)
+    assert "no output: write" in run("run", tmp_path, code=2)
+    assert "given twice" in run("run", tmp_path, tmp_path / "out", "-o", tmp_path / "other", code=2)
+
+
+def test_a_missing_archive_is_refused_before_the_slow_imports(tmp_path):
+    """In less than a second on an idle machine; a busy one shows it by what has been loaded."""
+    code = """
+import sys
+from flows.cli import app
+try:
+    app(["run", "/no/such/archive", sys.argv[1]])
+except SystemExit as end:
+    print(end.code, sorted({"torch", "prefect", "ray", "duckdb"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []"
+    assert done.stderr == "diffcolor: there is no archive at '/no/such/archive': give an existing folder or URL\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def flow_called(monkeypatch):
+    """What the commands call instead of the flow: it keeps the options that they have made."""
+    calls = []
+
+    def called(name, kind, **given):
+        calls.append(checked(kind, **given))
+
+    monkeypatch.setattr("flows.cli.coloring._run_flow", called)
+    return calls
+
+
+def test_a_flag_counts_before_a_variable_and_a_variable_before_the_file(run, flow_called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("diffcolor.toml").write_text(
+        'archive = "in-file"\noutput = "out-file"\nseed = 1\nnum_actors = 1\nlimit = 1\n[overrides]\nbatch_size = 1\n'
+    )
+    monkeypatch.setenv("DIFFCOLOR_SEED", "2")
+    monkeypatch.setenv("DIFFCOLOR_NUM_ACTORS", "2")
+    run("run", "--seed", 3, "--no-keep-fits")
+    (options,) = flow_called
+    assert (options.archive, options.output, options.preset) == ("in-file", "out-file", "demo")
+    assert (options.seed, options.num_actors, options.limit, options.keep_fits) == (3, 2, 1, False)
+    assert options.overrides == {"batch_size": 1}
+    run("run", "in", "out", "--set", "stage2.adapter_rank=4")
+    assert (flow_called[1].archive, flow_called[1].output) == ("in", "out")
+    assert flow_called[1].overrides == {"stage2.adapter_rank": 4}
+    run("recolor", "elsewhere", "--catalog", "c.csv")
+    assert (flow_called[2].output, flow_called[2].catalog, flow_called[2].num_actors) == ("elsewhere", "c.csv", 2)
+    Path("diffcolor.toml").write_text("preste = 'paper'\n")
+    assert "did you mean 'preset'" in run("run", "in", "out", code=2)
+    assert "did you mean 'preset'" in run("colorize", "scan.png", "--prompt", "a ball", "-o", "out", code=2)
+
+
+def test_output_is_an_argument_or_an_option(run, flow_called, monkeypatch):
+    run("run", "in", "-o", "out")
+    monkeypatch.setenv("DIFFCOLOR_OUTPUT", "from-environment")
+    run("run", "in", "out")
+    run("run", "in")
+    assert [options.output for options in flow_called] == ["out", "out", "from-environment"]
+
+
+def test_the_demo_model_says_what_it_is_on_other_scans_than_its_own(capsys, tmp_path):
+    _warn_of_demo("demo", str(Path(__file__).parents[2] / "examples/archive"))
+    _warn_of_demo("someone/else", str(tmp_path))
+    assert capsys.readouterr().err == ""
+    _warn_of_demo("demo", str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "six kinds of solids" in line
+    assert "--model" in line
+
+
+def test_a_quiet_run_says_nothing_but_errors(run, flow_called):
+    run("run", "in", "out", "--quiet")
+    assert notes.quiet
+    assert os.environ["PREFECT_LOGGING_LEVEL"] == "ERROR"
+    assert "no archive" in run("run", "-q", code=2)
+    run("run", "in", "out", "-v")
+    assert not notes.quiet
+    assert os.environ["PREFECT_LOGGING_LEVEL"] == "INFO"
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "compact", "recolor"])
@@ -176,8 +299,8 @@ def test_an_error_commands_no_terminal(run, small_archive, tiny_folder, tmp_path
 
 def test_a_stopped_run_ends_as_stopped_even_if_prefect_has_gone_first():
     code = """
-import os, signal, threading
-from flows.cli.coloring import _run_flow
+import os, signal, sys, threading, types
+from flows.cli import coloring
 
 def flow(**_):
     try:
@@ -186,9 +309,14 @@ def flow(**_):
     except KeyboardInterrupt:
         raise ConnectionRefusedError("the server is gone") from None
 
+sys.modules["flows.colorize_archive"] = types.SimpleNamespace(colorize_archive=flow)
+options = {"archive": sys.argv[1], "output": sys.argv[2], "prompt": "a ball"}
 try:
-    _run_flow(flow, output="out")
+    coloring._run_flow("colorize_archive", coloring.RunOptions, **options)
 except BaseException as error:
     raise SystemExit(error.exit_code)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 128 + signal.SIGTERM
+    examples = Path(__file__).parents[2] / "examples/archive"
+    environment = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    command = [sys.executable, "-c", code, examples, "out"]
+    assert subprocess.run(command, env=environment, check=False).returncode == 128 + signal.SIGTERM

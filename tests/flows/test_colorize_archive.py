@@ -17,6 +17,8 @@ from flows.recolor_archive import recolor_archive
 from tasks.errors import ManifestError, OutputBusyError
 from tasks.lease import hold_output
 from tasks.manifest import query
+from tasks.options import RunOptions, flow_arguments
+from tasks.runs import open_run
 from tasks.storage import Store
 from tasks.verify import verify
 
@@ -36,8 +38,7 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
         "archive": str(small_archive),
         "output": str(output),
         "model": str(tiny_folder),
-        "num_actors": num_actors,
-        "shard_size": 2,
+        "options": {"num_actors": num_actors, "shard_size": 2},
     }
     summary = colorize_archive(**arguments)
     assert summary == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
@@ -76,6 +77,9 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
         delta = (scan.lightness - again.lightness).abs().numpy()
         assert np.percentile(delta, 99) == pytest.approx(p99, abs=1e-3)
         assert p99 <= 0.5
+    # each row has the columns of its catalog row that we do not know
+    columns = ask(output, "select image_key, catalog_columns from results where catalog_columns is not null")
+    assert columns == [("scan 0.png", '{"source": "somewhere"}')] * 2
     # what every ok row must tell
     empty = ask(
         output,
@@ -148,7 +152,7 @@ def test_more_shards_than_a_flow_run_should_hold_are_given_to_child_flows(
 ):
     monkeypatch.setattr("flows.colorize_archive.MAX_TASK_RUNS", 2)
     arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
-    state = colorize_archive(**arguments, num_actors=2, shard_size=1, return_state=True)
+    state = colorize_archive(**arguments, options={"num_actors": 2, "shard_size": 1}, return_state=True)
     assert state.result() == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
     with get_client(sync_client=True) as client:
         parent = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[state.state_details.flow_run_id]))
@@ -176,13 +180,16 @@ def test_prefect_hears_of_a_run_whose_process_was_killed(small_archive, tiny_fol
 def test_more_gpus_than_there_are_is_an_error_and_not_a_wait(small_archive, tiny_folder, tmp_path):
     with pytest.raises(ValueError, match="2 actors with 1 GPUs each need more than the 0 GPUs"):
         colorize_archive(
-            str(small_archive), str(tmp_path / "out"), model=str(tiny_folder), num_actors=2, gpus_per_actor=1
+            str(small_archive),
+            str(tmp_path / "out"),
+            model=str(tiny_folder),
+            options={"num_actors": 2, "gpus_per_actor": 1},
         )
 
 
 def test_more_actors_than_cores_share_them(small_archive, tiny_folder, tmp_path):
     summary = colorize_archive(
-        str(small_archive), str(tmp_path / "out"), model=str(tiny_folder), num_actors=5, shard_size=1
+        str(small_archive), str(tmp_path / "out"), model=str(tiny_folder), options={"num_actors": 5, "shard_size": 1}
     )
     assert summary["ok"] == 4
 
@@ -207,7 +214,7 @@ def test_an_image_that_takes_too_long_is_quarantined(small_archive, tiny_folder,
     output = tmp_path / "out"
     arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
     monkeypatch.setattr(actors, "ImageWorker", HangingWorker)
-    summary = colorize_archive(**arguments, image_timeout_seconds=30, max_attempts=1, limit=2)
+    summary = colorize_archive(**arguments, options={"image_timeout_seconds": 30, "max_attempts": 1}, limit=2)
     assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
     ((message,),) = ask(output, "select error_message from results where error_class = 'DeadlyImageError'")
     assert "1. no result within 30 s" in message
@@ -228,7 +235,7 @@ def test_an_actor_that_cannot_be_started_is_left_out(small_archive, tiny_folder,
 
     monkeypatch.setattr(actors, "ImageWorker", HalfBrokenWorker)
     summary = colorize_archive(
-        archive=str(small_archive), output=str(tmp_path / "out"), model=str(tiny_folder), num_actors=2, shard_size=1
+        str(small_archive), str(tmp_path / "out"), model=str(tiny_folder), options={"num_actors": 2, "shard_size": 1}
     )
     assert summary == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
     assert "an actor cannot be started" in caplog.text
@@ -257,16 +264,15 @@ def test_the_bytes_do_not_depend_on_how_the_run_was_cut(small_archive, tiny_fold
     sums = []
     for name, limit in (("whole", None), ("pieces", 2)):
         arguments = {"archive": str(small_archive), "output": str(tmp_path / name), "model": str(tiny_folder)}
-        arguments["run_id"] = "run"
-        colorize_archive(**arguments, limit=limit, shard_size=1)
-        colorize_archive(**arguments)
+        colorize_archive(**arguments, limit=limit, options={"run_id": "run", "shard_size": 1})
+        colorize_archive(**arguments, options={"run_id": "run"})
         sums.append(ask(tmp_path / name, "select image_key, variant, output_sha256 from results order by all"))
     assert sums[0] == sums[1]
 
 
 def test_tiffs_with_access_copies_and_what_became_of_each_noun(small_archive, tiny_folder, tmp_path):
     arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
-    colorize_archive(**arguments, image_format="tiff", access_copy="jpeg", limit=2)
+    colorize_archive(**arguments, options={"image_format": "tiff", "access_copy": "jpeg"}, limit=2)
     rows = ask(tmp_path / "out", "select output_uri, access_uri, nouns, pages_left_out from results where status='ok'")
     assert rows
     for output_uri, access_uri, nouns, pages_left_out in rows:
@@ -283,7 +289,7 @@ def test_tiffs_with_access_copies_and_what_became_of_each_noun(small_archive, ti
     [
         ({"archive": "/no/such/folder"}, "no archive at"),
         ({"model": "someone/model"}, "pinned revision"),
-        ({"preset": "fast"}, "no preset 'fast'"),
+        ({"options": {"overrides": {"stage2.rank": 4}}}, "no setting 'stage2.rank'"),
         ({"catalog": "/no/catalog.csv"}, "no catalog at"),
     ],
 )
@@ -297,16 +303,14 @@ def test_a_run_that_cannot_start_says_why(small_archive, tiny_folder, tmp_path, 
 def test_a_model_that_changed_under_the_run_fails_it(small_archive, tiny_folder, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    from flows import colorize_archive as module
-
-    monkeypatch.setattr(module, "identify", lambda model: (model, "sha256:other"))
+    monkeypatch.setattr("diffcolor_core.models.identify", lambda model: (model, "sha256:other"))
     with pytest.raises(Exception, match="is '.*' another folder here"):
         colorize_archive(archive=str(small_archive), output=str(tmp_path / "out"), model=str(folder))
 
 
 def test_new_colours_from_the_kept_fits(small_archive, tiny_folder, tmp_path):
     output = tmp_path / "out"
-    colorize_archive(archive=str(small_archive), output=str(output), model=str(tiny_folder), image_format="tiff")
+    colorize_archive(str(small_archive), str(output), model=str(tiny_folder), options={"image_format": "tiff"})
     targets = tmp_path / "targets.csv"
     targets.write_text("image,target_prompt\nscan 0.png,a white ball on a red table\nscan 1.png,a red box on a table\n")
     assert recolor_archive(output=str(output), catalog=str(targets)) == {
@@ -355,3 +359,15 @@ def test_where_memory_runs_out_a_smaller_size_is_tried_and_recorded(small_archiv
     assert summary == {"ok": 2, "quarantined": 1, "failed": 0, "done_before": 0}
     rows = ask(output, "select distinct fallback, width_px, fit_uri from results where status = 'ok'")
     assert rows == [("working size 24 px, batch size 1: can't allocate memory: 7 GB", 56, None)]
+
+
+def test_a_run_that_is_open_is_not_prepared_again(small_archive, tiny_folder, tmp_path, monkeypatch):
+    """As a command does: it checks what it is asked for, and the flow goes on with what has been read."""
+    options = RunOptions(archive=str(small_archive), output=str(tmp_path / "out"), model=str(tiny_folder), limit=1)
+    with open_run(options):
+        monkeypatch.setattr("diffcolor_core.models.identify", None)
+        monkeypatch.setattr("tasks.runs.read_catalog", None)
+        monkeypatch.setattr("tasks.runs.settings_preset", None)
+        assert colorize_archive(**flow_arguments(options))["quarantined"] == 1
+    with pytest.raises(TypeError):
+        colorize_archive(**flow_arguments(options))

@@ -13,9 +13,12 @@ from support.pictures import gray_picture
 from tasks.archive import CatalogRow
 from tasks.colorize import ImageWorker
 from tasks.manifest import commit_part, query
-from tasks.planning import RunConfig, open_plan
+from tasks.options import RunOptions
+from tasks.planning import open_plan
+from tasks.records import RunConfig
 from tasks.storage import Store
 from tasks.verify import verify
+from tests.tasks.test_planning import with_options
 
 QUICK = Settings(
     stage1=Stage1Settings(num_steps=1, learning_rate=1e-3),
@@ -32,38 +35,47 @@ def config(tmp_path, tiny_folder):
     model_id, model_revision = identify(str(tiny_folder))
     (tmp_path / "in").mkdir()
     Image.fromarray(gray_picture()).save(tmp_path / "in/a.png")
+    options = RunOptions(
+        archive=str(tmp_path / "in"), output=str(tmp_path / "out"), model=str(tiny_folder), access_copy="jpeg"
+    )
     return RunConfig(
-        **{"run_id": "r", "archive": str(tmp_path / "in"), "output": str(tmp_path / "out"), "preset": "demo"},
-        **{"model": str(tiny_folder), "model_id": model_id, "model_revision": model_revision, "settings": QUICK},
-        **{"seed": 0, "device": "cpu", "access_copy": "jpeg"},
+        options=options, run_id="r", model_id=model_id, model_revision=model_revision, settings=QUICK, generation=1
     )
 
 
 def run(config, catalog=RED, **options):
-    """Plan, colour and commit as the flow does, in this process; the rows."""
-    output = Store(config.output)
-    with open_plan(Store(config.archive), output, config, catalog, **options) as plan:
+    """Plan, colorize and commit as the flow does, in this process; the rows."""
+    config = with_options(config, **options)
+    with open_plan(catalog) as plan:
+        plan.fill(config)
         images = [image for shard in plan.shards(10) for image in shard.images]
     worker = ImageWorker(config)
     rows = [row for image in images for row in worker.colorize(image)]
     if rows:
-        commit_part(output, f"{config.generation:06d}", rows)
+        commit_part(Store(config.options.output), f"{config.generation:06d}", rows)
     return rows
+
+
+def test_a_row_keeps_the_other_columns_of_its_catalog_row(config):
+    (row,) = run(config, [CatalogRow(1, "a.png", "a ball", "a red ball", '{"rights": "none"}')])
+    assert row["catalog_columns"] == '{"rights": "none"}'
+    read = query(Store(config.options.output), "select catalog_columns->>'rights' from results").fetchall()
+    assert read == [("none",)]
 
 
 def test_settings_changed_back_are_adopted_and_not_computed_again(config):
     (first,) = run(replace(config, generation=1))
-    run(replace(config, generation=2, seed=1))
+    run(replace(config, generation=2), seed=1)
     (third,) = run(replace(config, generation=3))
     assert (third["status"], third["adopted_from"], third["output_uri"]) == ("ok", "a.png", first["output_uri"])
-    assert list(verify(Store(config.output))) == []
+    assert list(verify(Store(config.options.output))) == []
     assert run(replace(config, generation=4)) == []
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_a_row_whose_picture_is_not_there_any_more_is_not_adopted(config, damage):
     (first,) = run(replace(config, generation=1))
-    run(replace(config, generation=2, seed=1))
+    run(replace(config, generation=2), seed=1)
     if damage == "missing":
         os.unlink(first["output_uri"])
     else:
@@ -71,7 +83,7 @@ def test_a_row_whose_picture_is_not_there_any_more_is_not_adopted(config, damage
             file.write(b"x")
     (third,) = run(replace(config, generation=3))
     assert (third["status"], third.get("adopted_from")) == ("ok", None)
-    assert list(verify(Store(config.output))) == []
+    assert list(verify(Store(config.options.output))) == []
 
 
 def test_every_file_of_a_row_has_its_hash(config):
@@ -81,11 +93,11 @@ def test_every_file_of_a_row_has_its_hash(config):
     # A later run that adds a colour leaves the primary, one that adds the primary writes it anew.
     run(replace(config, generation=2), [*RED, CatalogRow(2, "a.png", "a ball", "a blue ball")])
     run(replace(config, generation=3, run_id="r3"), [*RED, CatalogRow(2, "a.png", "a ball", None)])
-    assert query(Store(config.output), "select count(*) from results").fetchall() == [(3,)]
-    assert list(verify(Store(config.output))) == []
+    assert query(Store(config.options.output), "select count(*) from results").fetchall() == [(3,)]
+    assert list(verify(Store(config.options.output))) == []
     with open(row["primary_uri"], "ab") as file:
         file.write(b"x")
-    assert {finding.kind for finding in verify(Store(config.output))} == {"changed"}
+    assert {finding.kind for finding in verify(Store(config.options.output))} == {"changed"}
 
 
 def test_files_that_cannot_be_read_are_quarantined_with_the_reason(config, tmp_path):
@@ -114,7 +126,7 @@ def test_an_output_that_leads_elsewhere_is_the_machines_fault(config, tmp_path):
 
 
 def test_keeping_and_loading_a_fit_outlasts_a_passing_trouble(config, tmp_path, monkeypatch):
-    config = replace(config, output=f"memory://{tmp_path}/out")
+    config = with_options(config, output=f"memory://{tmp_path}/out")
     troubled_once = set()
 
     def troubled(name):

@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -8,21 +9,18 @@ from diffcolor_core import preset
 from tasks.archive import CatalogRow, variant_name
 from tasks.errors import CatalogError, MissingImageError, MissingPromptError
 from tasks.manifest import commit_part, compact
-from tasks.planning import RunConfig, open_plan, output_below, shard_sizes
+from tasks.options import RunOptions
+from tasks.planning import open_plan, output_below, shard_sizes
+from tasks.records import RunConfig
 from tasks.storage import Store
 from tests.tasks.test_manifest import row
 
 CONFIG = RunConfig(
+    options=RunOptions(archive="in", output="out"),
     run_id="r1",
-    archive="in",
-    output="out",
-    model="demo",
     model_id="demo",
     model_revision="sha256:1",
-    preset="demo",
     settings=preset("demo"),
-    seed=0,
-    device="cpu",
 )
 RED_AND_BLUE = [CatalogRow(1, "0.png", "c", "red"), CatalogRow(2, "0.png", "c", "blue")]
 
@@ -39,9 +37,22 @@ def output(tmp_path):
     return Store(str(tmp_path / "out"))
 
 
+def with_options(config=CONFIG, **options):
+    return replace(config, options=config.options.model_copy(update=options))
+
+
+@contextmanager
+def filled(archive, output, catalog=RED_AND_BLUE, config=CONFIG, whole_archive=True, **options):
+    """A plan of what a run of these options has to do."""
+    config = with_options(config, archive=archive.url, output=output.url, **options)
+    with open_plan(catalog) as plan:
+        plan.fill(replace(config, whole_archive=whole_archive))
+        yield plan
+
+
 def planned(archive, output, catalog=RED_AND_BLUE, config=CONFIG, shard_size=10, **options):
     """(image, targets, attempts) of every planned image, and what was done before."""
-    with open_plan(archive, output, config, catalog, **options) as plan:
+    with filled(archive, output, catalog, config, **options) as plan:
         images = [image for shard in plan.shards(shard_size) for image in shard.images]
         assert plan.num_images == len(images)
         return [(p.work.image_key, [v.target_prompt for v in p.work.variants], p.attempts) for p in images], (
@@ -83,7 +94,7 @@ def test_shards_hold_every_image_once_in_order(tmp_path_factory, count, shard_si
     archive, output = Store(str(folder / "archive")), Store(str(folder / "out"))
     for number in range(count):
         archive.write(f"{number:04d}.png", b"x")
-    with open_plan(archive, output, CONFIG, None, prompt="a thing", limit=limit) as plan:
+    with filled(archive, output, None, prompt="a thing", limit=limit) as plan:
         shards = list(plan.shards(shard_size, num_actors))
         assert [s.number for s in shards] == list(range(len(shards)))
         assert all(0 < len(s.images) <= shard_size for s in shards)
@@ -96,7 +107,7 @@ def test_images_and_prompts_are_joined(archive, output):
     for key in ("unlisted.jpg", "letter.doc", ".hidden", "notes.txt"):
         archive.write(key, b"x")
     catalog = [*RED_AND_BLUE, CatalogRow(3, "0.png", "another", None), CatalogRow(4, "gone.png", "c", None)]
-    with open_plan(archive, output, CONFIG, catalog, prompt=None) as plan:
+    with filled(archive, output, catalog) as plan:
         (shard,) = plan.shards(10)
         work = [p.work for p in shard.images]
     assert [(w.image_key, w.context_prompt, [v.target_prompt for v in w.variants]) for w in work] == [
@@ -121,7 +132,7 @@ def test_images_and_prompts_are_joined(archive, output):
 def test_a_repeated_catalog_row_is_refused(archive, output):
     with (
         pytest.raises(CatalogError, match="row 3 repeats row 1 "),
-        open_plan(archive, output, CONFIG, [*RED_AND_BLUE, replace(RED_AND_BLUE[0], number=3)]),
+        open_plan([*RED_AND_BLUE, replace(RED_AND_BLUE[0], number=3)]),
     ):
         pass
 
@@ -140,7 +151,7 @@ def test_what_failed_is_tried_again_and_counted_on_and_the_quarantined_on_demand
     assert planned(archive, output) == ([("0.png", ["red", "blue"], (3, 3))], {})
     commit(archive, output, status="quarantined", attempt=3, name="q", generation=2)
     assert planned(archive, output) == ([], {"quarantined": 2})
-    assert planned(archive, output, retry_quarantined=True) == ([("0.png", ["red", "blue"], (4, 4))], {})
+    assert planned(archive, output, retry="quarantined") == ([("0.png", ["red", "blue"], (4, 4))], {})
 
 
 def test_of_an_image_only_the_missing_variants_are_planned(archive, output):
@@ -149,7 +160,14 @@ def test_of_an_image_only_the_missing_variants_are_planned(archive, output):
     assert planned(archive, output, catalog) == ([("0.png", ["green"], (1,))], {"ok": 2})
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"model_revision": "sha256:2"}, {"settings": preset("paper")}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"options": CONFIG.options.model_copy(update={"seed": 1})},
+        {"model_revision": "sha256:2"},
+        {"settings": preset("paper")},
+    ],
+)
 def test_a_changed_configuration_is_new_work(archive, output, changed):
     commit(archive, output)
     assert planned(archive, output, config=replace(CONFIG, **changed)) == ([("0.png", ["red", "blue"], (1, 1))], {})
@@ -157,7 +175,7 @@ def test_a_changed_configuration_is_new_work(archive, output, changed):
 
 def test_another_run_is_not_new_work(archive, output):
     commit(archive, output)
-    assert planned(archive, output, config=replace(CONFIG, run_id="r2", output="elsewhere"))[0] == []
+    assert planned(archive, output, config=replace(CONFIG, run_id="r2", generation=7))[0] == []
 
 
 def test_of_named_images_the_context_is_the_one_they_had(archive, output):
@@ -167,7 +185,7 @@ def test_of_named_images_the_context_is_the_one_they_had(archive, output):
 
 
 def earlier_of(archive, output, catalog=RED_AND_BLUE, **options):
-    with open_plan(archive, output, CONFIG, catalog, **options) as plan:
+    with filled(archive, output, catalog, **options) as plan:
         (shard,) = plan.shards(10)
         (image,) = shard.images
         return [[(e["image_key"], e["input_sha256"], e["target_prompt"]) for e in rows] for rows in image.earlier]
@@ -187,7 +205,7 @@ def test_a_touched_or_renamed_file_brings_its_earlier_rows_along(archive, output
 
 def test_settings_that_are_changed_back_bring_their_rows_along(archive, output):
     commit(archive, output, generation=1)
-    commit(archive, output, name="q", config=replace(CONFIG, seed=1), generation=2)
+    commit(archive, output, name="q", config=with_options(seed=1), generation=2)
     assert planned(archive, output)[0] == [("0.png", ["red", "blue"], (1, 1))]
     assert earlier_of(archive, output) == [[("0.png", "sha", "red")], [("0.png", "sha", "blue")]]
     compact(output)
@@ -262,22 +280,57 @@ def test_what_verify_has_queued_is_done_again_whoever_had_asked_for_it(archive, 
     ]
 
 
-def test_the_folder_of_a_plan_outlives_a_killed_run_only_until_the_next(archive, output, tmp_path, monkeypatch):
+def test_the_folder_of_a_plan_outlives_a_killed_run_only_until_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = tmp_path / "diffcolor-plan-dead"
     dead.mkdir()
     (dead / "lock").touch()
-    with open_plan(archive, output, CONFIG, None, prompt="a ball"):
+    with open_plan(None):
         (mine,) = tmp_path.glob("diffcolor-plan-*")
         assert mine != dead
-        with open_plan(archive, output, CONFIG, None, prompt="a ball"):
+        with open_plan(None):
             assert len([*tmp_path.glob("diffcolor-plan-*")]) == 2, "a plan that is in use stays"
     assert not [*tmp_path.glob("diffcolor-plan-*")]
 
 
 def test_a_shard_of_nothing_is_refused(archive, output):
     with (
-        open_plan(archive, output, CONFIG, RED_AND_BLUE) as plan,
+        filled(archive, output) as plan,
         pytest.raises(ValueError, match="at least 1"),
     ):
         next(plan.shards(0))
+
+
+def catalog_columns(archive, output, catalog, **options):
+    with filled(archive, output, catalog, **options) as plan:
+        (shard,) = plan.shards(10)
+        return {v.target_prompt: v.catalog_columns for image in shard.images for v in image.work.variants}
+
+
+def test_each_variant_keeps_the_other_columns_of_its_own_catalog_row(archive, output):
+    archive.write("1.png", b"one")
+    catalog = [
+        replace(RED_AND_BLUE[0], extra='{"id": "A 1"}'),
+        replace(RED_AND_BLUE[1], extra='{"id": "A 2"}'),
+        CatalogRow(3, "0.png", "c", "green"),
+    ]
+    assert catalog_columns(archive, output, catalog, prompt="c") == {
+        "red": '{"id": "A 1"}',
+        "blue": '{"id": "A 2"}',
+        "green": None,
+        None: None,
+    }
+
+
+def test_other_columns_of_the_catalog_alone_are_no_new_work(archive, output):
+    commit(archive, output, [replace(row, extra='{"id": "old"}') for row in RED_AND_BLUE])
+    changed = [replace(row, extra='{"id": "new"}') for row in RED_AND_BLUE]
+    assert planned(archive, output, changed) == ([], {"ok": 2})
+
+
+def test_work_that_verify_has_queued_keeps_the_other_columns_that_it_had(archive, output):
+    queued = {"status": "failed", "error_class": "MissingOutputError", "catalog_columns": '{"id": "A 1"}'}
+    commit(archive, output, RED_AND_BLUE[:1], **queued)
+    assert catalog_columns(archive, output, None, whole_archive=False) == {"red": '{"id": "A 1"}'}
+    named = [replace(RED_AND_BLUE[0], extra='{"id": "now"}')]
+    assert catalog_columns(archive, output, named) == {"red": '{"id": "now"}'}

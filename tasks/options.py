@@ -1,0 +1,192 @@
+"""The options of a run: each is one field, with its type, default, limits and description.
+
+Everything else is derived from these fields: the parameters of the flows, the flags of the command line, the keys of
+`diffcolor.toml`, the variables DIFFCOLOR_*, what `RunConfig` holds and the table in docs/options.md. The description of
+a field is the text below it. A class is a group: its docstring is the heading of its flags and of its table.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from diffcolor_core.config import PRESETS
+
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class WhatOptions(_Options):
+    """What to colorize"""
+
+    archive: str
+    """Folder or URL of the scans: `../scans`, `s3://museum/scans`. URLs are those of fsspec."""
+    output: str
+    """Folder or URL for pictures and manifest. It is made if need be."""
+    catalog: str | None = None
+    """CSV, JSONL or Parquet with the columns image, context_prompt and, optionally, target_prompt. Without this
+    option, `catalog.csv` in the archive is taken if it is there."""
+    prompt: str | None = None
+    """Context prompt of every image for which the catalog has none."""
+    model: str = "demo"
+    """`demo`, a local diffusers folder, or a hub id at a commit: `owner/name@commit`."""
+    preset: PresetName = "demo"
+    """Settings of the method. `demo` takes seconds on a CPU and suits the demo model; `paper` has the paper's
+    1500, 500 and 1000 steps, which need a GPU."""
+    limit: AtLeastOne | None = None
+    """Only the first images, in the order of their names: at most this many."""
+
+
+class PictureOptions(_Options):
+    """Pictures"""
+
+    image_format: Literal["png", "tiff"] = "png"
+    """Format of the pictures. Both are lossless and keep the bit depth of the scan."""
+    access_copy: Literal["jpeg", "webp"] | None = None
+    """Write a small lossy copy beside each picture."""
+    seed: int = 0
+    """Seed of every random draw. The same seed gives the same bytes on the same hardware."""
+    overrides: dict[str, Any] | None = None
+    """Settings that differ from the preset's, by path: `stage2.adapter_rank` = 4."""
+    keep_fits: bool = True
+    """Keep each fit beside the pictures, so that later prompts need no fitting. A fit is as large as the weights
+    that were trained."""
+
+
+class MachineOptions(_Options):
+    """Machines"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. `auto` takes the GPUs that are there, and the CPU where there are none."""
+    num_actors: AtLeastOne | None = None
+    """Ray actors, each with one image at a time. By default one per GPU, or one on the CPU."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each actor; below 1, actors share a GPU. By default 1, or less if there are more actors than GPUs."""
+    ray_address: str | None = None
+    """Address of a Ray cluster: `auto` on one of its nodes. By default, a local Ray runs as long as the run does."""
+    shard_size: AtLeastOne = 32
+    """Images per Prefect task. The last shards are smaller, so that all actors end together."""
+
+
+class ResumeOptions(_Options):
+    """Resuming and faults"""
+
+    run_id: str | None = None
+    """Name of the run in the manifest and in the metadata of its pictures. By default the time of its start."""
+    retry: Literal["failed", "quarantined"] = "failed"
+    """What to try again besides what is not done: images that `failed`, or also those that were `quarantined`."""
+    commit_every: AtLeastOne = 8
+    """Images per manifest part. A run that is killed repeats at most this many images of each shard."""
+    image_timeout_seconds: Annotated[float, Field(ge=1)] = 3600.0
+    """Seconds after which an image's actor is killed, as a decoder or a driver may hang."""
+    max_attempts: AtLeastOne = 3
+    """How many times an image may kill its actor before it is quarantined."""
+
+
+# Pydantic puts the fields of the last base first. A flow takes those one by one, and the others as one record.
+class MoreOptions(ResumeOptions, MachineOptions, PictureOptions):
+    """Everything that `colorize-archive` takes in its one parameter `options`."""
+
+
+class RunOptions(MoreOptions, WhatOptions):
+    """Everything that can be asked of a run over an archive."""
+
+
+class RecolorWhatOptions(_Options):
+    """What to recolor"""
+
+    output: str
+    """Folder or URL of the output that a run over an archive has made."""
+    catalog: str
+    """CSV, JSONL or Parquet with the columns image, target_prompt and, optionally, context_prompt. An image without
+    a context prompt here keeps its last one."""
+
+
+class MoreRecolorOptions(ResumeOptions, MachineOptions):
+    """Everything that `recolor-archive` takes in its one parameter `options`."""
+
+
+class RecolorOptions(MoreRecolorOptions, RecolorWhatOptions):
+    """Everything that can be asked of a run that recolors. The rest is as in the output's last run."""
+
+
+def groups(options: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
+    """The headings of the groups of an options record, each with its fields by name, in the order of declaration."""
+    for group in reversed(options.__mro__):
+        if issubclass(group, _Options) and group.__bases__ == (_Options,):
+            yield group.__doc__ or "", group.model_fields
+
+
+def flow_parameters(
+    options: type[BaseModel],
+) -> Callable[[Callable[[Any], dict[str, int]]], Callable[..., dict[str, int]]]:
+    """Make a function of one `options` record into one that Prefect can make a flow of.
+
+    Its parameters are the fields of the record's second base, one by one, and `options`, a record of the first.
+    Prefect takes their descriptions from the docstring and shows them in its form.
+    """
+    rest, flat = _rest_and_flat(options)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [
+        inspect.Parameter(
+            name,
+            kind,
+            annotation=Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+        )
+        for name, field in flat.model_fields.items()
+    ]
+    parameters.append(inspect.Parameter("options", kind, annotation=rest, default=rest()))
+    described = [f"{name}: {in_one_line(field)}" for name, field in flat.model_fields.items()]
+    described.append("options: Everything else, as one record.")
+
+    signature = inspect.Signature(parameters, return_annotation=dict[str, int])
+
+    def decorate(function: Callable[[Any], dict[str, int]]) -> Callable[..., dict[str, int]]:
+        @wraps(function)
+        def flow_function(*positional: Any, **named: Any) -> dict[str, int]:
+            given = signature.bind(*positional, **named).arguments
+            more = dict(given.pop("options", rest()))
+            return function(options.model_validate(given | more))
+
+        flow_function.__signature__ = signature  # type: ignore[attr-defined]
+        flow_function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": dict[str, int]}
+        arguments = "\n".join(f"    {line}" for line in described)
+        flow_function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nArgs:\n{arguments}"
+        return flow_function
+
+    return decorate
+
+
+def flow_arguments(options: BaseModel) -> dict[str, Any]:
+    """The arguments with which a flow made by `flow_parameters` gets these options."""
+    rest, flat = _rest_and_flat(type(options))
+    values = dict(options)
+    return {name: values[name] for name in flat.model_fields} | {
+        "options": rest(**{name: values[name] for name in rest.model_fields})
+    }
+
+
+def _rest_and_flat(options: type[BaseModel]) -> tuple[type[BaseModel], type[BaseModel]]:
+    rest, flat = options.__bases__
+    assert issubclass(rest, BaseModel)
+    assert issubclass(flat, BaseModel)
+    return rest, flat
+
+
+def in_one_line(field: FieldInfo) -> str:
+    """The description of an option, without line breaks."""
+    return " ".join((field.description or "").split())

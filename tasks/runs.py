@@ -1,0 +1,88 @@
+"""A run before it begins: its options checked, its model identified, its catalog read. Nothing is written yet."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from diffcolor_core.config import preset as settings_preset
+from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
+from tasks.lease import last_record
+from tasks.options import PictureOptions, RecolorOptions, RunOptions
+from tasks.records import RunConfig
+from tasks.storage import Store
+
+if TYPE_CHECKING:
+    from tasks.planning import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can begin. plan: holds the catalog, and is filled once the output is this run's."""
+
+    asked: RunOptions | RecolorOptions
+    config: RunConfig
+    plan: "Plan"
+
+
+_OPEN: ContextVar[Run | None] = ContextVar("open_run", default=None)
+
+
+@contextmanager
+def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
+    """Check everything that can be checked before a run begins, the cheapest first.
+
+    Inside the context, the same options give the same run: a command opens it to check them, the flow that it then
+    calls goes on with it, and nothing is read or hashed twice. Raises ValueError or OSError with what is wrong.
+    """
+    already = _OPEN.get()
+    if already is not None and already.asked == asked:
+        yield already
+        return
+    options = asked if isinstance(asked, RunOptions) else _as_in_last_run(asked)
+    source, target = Store(options.archive), Store(options.output)
+    if not source.exists():
+        raise FileNotFoundError(f"there is no archive at {options.archive!r}: give an existing folder or URL")
+    from tasks.planning import open_plan, output_below  # slow: DuckDB
+
+    output_below(source, target)
+    settings = settings_preset(options.preset, options.overrides)
+    whole_archive = isinstance(asked, RunOptions)
+    required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
+    with open_plan(read_catalog(source, options.catalog, required)) as plan:
+        from diffcolor_core.models import identify  # slow: torch
+
+        # Like the addresses of the stores: actors, and a later `recolor`, may run in another folder.
+        is_folder = options.model != "demo" and os.path.isdir(options.model)
+        model = os.path.abspath(options.model) if is_folder else options.model
+        model_id, model_revision = identify(model)
+        addresses = {"archive": source.address, "output": target.address, "model": model}
+        config = RunConfig(
+            options=options.model_copy(update=addresses),
+            run_id=options.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
+            model_id=model_id,
+            model_revision=model_revision,
+            settings=settings,
+            whole_archive=whole_archive,
+        )
+        run = Run(asked, config, plan)
+        token = _OPEN.set(run)
+        try:
+            yield run
+        finally:
+            _OPEN.reset(token)
+
+
+def _as_in_last_run(asked: RecolorOptions) -> RunOptions:
+    """Archive, model, settings and pictures are those of the output's last run; the rest is as asked."""
+    record = last_record(Store(asked.output))
+    if record is None:
+        from tasks.errors import ManifestError
+
+        raise ManifestError(f"no run has been recorded in {asked.output!r}: colorize an archive into it first")
+    same = ("archive", "model", "preset", *PictureOptions.model_fields)
+    last = {name: record[name] for name in same if name in record}
+    return RunOptions.model_validate(last | asked.model_dump())
