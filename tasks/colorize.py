@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, read_scan
-from diffcolor_core.fits import FitError
+from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read_scan
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.planning import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
@@ -112,7 +111,8 @@ class ImageWorker:
         """The fit, made or loaded, then the variants."""
         start = time.perf_counter()
         key, context, sha256 = planned.work.image_key, planned.work.context_prompt, shared["input_sha256"]
-        fit, columns = self._fit(scan, context or "", pipe, shared)
+        primary_only = all(variant.target_prompt is None for variant in planned.work.variants)
+        fit, columns = self._fit(scan, context or "", pipe, shared, primary_only=primary_only)
         shared |= columns | {
             "rewritten_prompt": fit.rewritten_prompt,
             "stage1_seconds": fit.stage1_seconds,
@@ -141,10 +141,13 @@ class ImageWorker:
             rows.append(self._row(planned, index, result, shared | files, seconds))
         return rows
 
-    def _fit(self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row) -> tuple[Fit, Row]:
+    def _fit(
+        self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row, *, primary_only: bool
+    ) -> tuple[Fit, Row]:
         """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns."""
         if not self.config.keep_fits or "fallback" in shared:
-            return pipe.fit(scan, context_prompt, seed=self.config.seed), {"fit_reused": False}
+            fit = pipe.fit(scan, context_prompt, seed=self.config.seed, primary_only=primary_only)
+            return fit, {"fit_reused": False}
         sha256 = shared["input_sha256"]
         folder = f"fits/{sha256[:2]}/{sha256[:32]}-{self.config.fit_sha256(context_prompt)[:12]}"
         url = self.output.uri(folder)
@@ -188,7 +191,6 @@ class ImageWorker:
             | {
                 "status": "ok",
                 "alpha": result.alpha,
-                "alpha_scores": [{"alpha": a, "score": s} for a, s in result.alpha_scores.items()],
                 "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "total_seconds": seconds,

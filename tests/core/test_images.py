@@ -4,7 +4,6 @@ import io
 import struct
 import time
 import zlib
-from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -15,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
 
-from diffcolor_core import DiffColor, decoding, images, metrics
+from diffcolor_core import decoding, images, metrics
 from diffcolor_core.color import lightness_of
 from diffcolor_core.decoding import UnreadableImageError
 from diffcolor_core.images import Picture, Scan, assemble, read_scan
@@ -335,20 +334,6 @@ def test_a_side_that_no_png_holds_is_refused():
 def test_a_tag_of_another_type_is_no_xmp():
     data = tiff(RAMP8, extratags=[(700, 3, 4, (1, 2, 3, 4), True)])
     assert read_scan(data).metadata.xmp is None
-
-
-def test_clip_sees_a_line_of_pixels_at_a_bounded_size():
-    """Ordinary shapes keep their own, to the pixel."""
-    clip = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(image_size=224)))
-    pipe = SimpleNamespace(checkpoint=SimpleNamespace(clip=clip))
-
-    def size(width: int, height: int) -> tuple[int, int]:
-        scan = SimpleNamespace(width_px=width, height_px=height)
-        return DiffColor._clip_size(pipe, scan)
-
-    assert size(6000, 4000) == (336, 224)
-    assert size(1000, 12600) == (224, round(12600 * 0.224))
-    assert size(65_000, 1) == (224 * 64, 224)
 
 
 @pytest.mark.parametrize(
