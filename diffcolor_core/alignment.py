@@ -66,13 +66,8 @@ def window_weights(phi: Tensor, phi_generated: Tensor, settings: AlignmentSettin
     hf, wf = phi.shape[-2:]
     padded = F.pad(phi_generated, (r, r, r, r))
     outside = F.pad(torch.zeros_like(phi[0]), (r, r, r, r), value=-torch.inf)  # nothing matches beyond the border
-    similarity = torch.stack(
-        [
-            (phi * padded[:, dy : dy + hf, dx : dx + wf]).sum(dim=0) + outside[dy : dy + hf, dx : dx + wf]
-            for dy in range(2 * r + 1)
-            for dx in range(2 * r + 1)
-        ]
-    )
+    windows = [(slice(dy, dy + hf), slice(dx, dx + wf)) for dy in range(2 * r + 1) for dx in range(2 * r + 1)]
+    similarity = torch.stack([(phi * padded[:, y, x]).sum(dim=0) + outside[y, x] for y, x in windows])
     weights = torch.softmax(similarity / settings.temperature, dim=0)
     stay = torch.zeros_like(weights)
     stay[len(stay) // 2] = 1

@@ -1,4 +1,4 @@
-"""Colour words in prompts: which hue they mean, which noun they belong to, whether a picture obeys them."""
+"""Colour words in prompts: the hue that they mean, the noun that they belong to, and whether a picture obeys them."""
 
 import math
 import re
@@ -24,15 +24,16 @@ _BASIC_HUES = {
     "purple": 320.0,
     "pink": 0.0,
 }
-"""CIELAB hue angles of the centres of English basic colour terms (about those of Sturges and Whitfield
-1995). CSS's "blue" and "green" are corners of the sRGB cube and lie elsewhere."""
+"""CIELAB hue angles (degrees) at the centres of English basic colour terms, about those of Sturges and Whitfield
+(1995). CSS's "blue" and "green" lie elsewhere, as they are corners of the sRGB cube."""
 _NEUTRAL = ("black", "gray", "grey", "white", "silver")
-FULL_CHROMA = 20.0  # C*ab from which on a colour is taken for full, and below which sRGB cannot show a hue well
+FULL_CHROMA = 20.0
+"""C*ab that is enough for a colour. Where sRGB cannot reach it, a hue cannot be shown well."""
 
 
 @dataclass(frozen=True)
 class ColoredPhrase:
-    """A noun phrase with its first colour word, or None, and whether another picture's prompt said otherwise."""
+    """A noun phrase, its first colour word (None without one), and whether that differs from an earlier prompt's."""
 
     phrase: NounPhrase
     color: str | None
@@ -41,11 +42,11 @@ class ColoredPhrase:
 
 @dataclass(frozen=True)
 class ColorReport:
-    """What became of one noun's colour word.
+    """Whether one noun got its colour.
 
-    agreement: -1 (the opposite hue) to 1 (as asked); for neutrals from 1 (no chroma) down.
-    achievable_chroma: the largest C*ab of that hue that sRGB can show at the region's L*; a small one
-    means the request is infeasible (a yellow at L* 20). None for neutrals.
+    agreement: from -1 (the opposite hue) to 1 (as asked); for a neutral colour from 1 (no chroma) down to -1.
+    achievable_chroma: the largest C*ab of that hue that sRGB can show at the region's lightness; None for a neutral
+    colour. If it is small, the colour is infeasible there: a yellow at L* 20, for instance.
     """
 
     noun: str
@@ -55,15 +56,15 @@ class ColorReport:
 
     @property
     def feasible(self) -> bool:
-        """Whether sRGB can show the colour at the region's luminance."""
+        """Whether sRGB can show the colour at the region's lightness."""
         return self.achievable_chroma is None or self.achievable_chroma >= FULL_CHROMA
 
 
 @cache
 def hue_of(word: str) -> float | None:
-    """Hue angle in degrees of a colour word; None for a neutral one. Raises KeyError if it is no colour word.
+    """The hue angle (degrees) of a colour word, None for a neutral one. Raises KeyError if it is not a colour word.
 
-    Basic terms from the table above, all others from CSS's list of names.
+    The basic terms come from the table above, all others from CSS's list of names.
     """
     word = word.lower()
     if word in _BASIC_HUES:
@@ -76,26 +77,20 @@ def hue_of(word: str) -> float | None:
 
 
 def color_words(description: str) -> list[str]:
-    """The colour words of what stands before a noun, lower case."""
-    words = []
-    for word in re.findall(r"[a-z]+", description.lower()):
-        try:
-            hue_of(word)
-        except KeyError:
-            continue
-        words.append(str(word))
-    return words
+    """The colour words of a description, such as what stands before a noun, in lower case."""
+    words = re.findall(r"[a-z]+", description.lower())
+    return [word for word in words if word in _BASIC_HUES or word in _NEUTRAL or word in ImageColor.colormap]
 
 
 def _color_of(prompt: str, phrase: NounPhrase) -> str | None:
-    """The first colour word before the noun, which may be one itself: "an orange and a plum"."""
+    """The first colour word before the noun. The noun itself may look like one: "an orange and a plum"."""
     return next(iter(color_words(prompt[phrase.start : phrase.noun_start])), None)
 
 
 def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
-    """The noun phrases of `prompt` with their colours, compared with those of the prompt `before`.
+    """The noun phrases of `prompt` with their colours, compared with those of the earlier prompt `before`.
 
-    Phrases are the same if they have the same noun: the first "dog" of one is the first of the other.
+    Phrases correspond by their noun: the first "dog" of one prompt is the first "dog" of the other.
     """
     old: dict[str, list[str | None]] = {}
     for phrase in noun_phrases(before):
@@ -108,7 +103,7 @@ def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
 
 
 def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str | None) -> str:
-    """The prompt with no colour word left in its noun phrases but in those whose colour is `color`."""
+    """The prompt without the colour words of its noun phrases, except those whose colour is `color`."""
     text = prompt
     for item in reversed(phrases):
         if item.color not in (None, color):
@@ -121,24 +116,24 @@ def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str |
 
 
 def without_colors(prompt: str) -> str:
-    """The prompt with no colour word left in its noun phrases."""
+    """The prompt without the colour words of its noun phrases."""
     return with_color_alone(prompt, colored_phrases(prompt, ""), None)
 
 
 def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> list[ColorReport]:
-    """How well a picture [3, h, w] in L*a*b* obeys each coloured phrase in its region [P, h, w]."""
+    """How well a picture, L*a*b* [3, h, w], obeys each coloured phrase in the phrase's region [P, h, w]."""
     reports = []
     for item, region in zip(phrases, regions, strict=True):
         if item.color is None:
             continue
         inside = region >= min(0.5, float(region.max()))
-        l_star, a, b = lab[:, inside].median(dim=1).values.tolist()
-        hue, chroma = hue_of(item.color), math.hypot(a, b)
+        lightness, a, b = lab[:, inside].median(dim=1).values.tolist()
+        hue, chroma, reachable = hue_of(item.color), math.hypot(a, b), None
         if hue is None:
-            reports.append(ColorReport(item.phrase.noun, item.color, 1 - min(2.0, chroma / FULL_CHROMA), None))
-            continue
-        turn = math.cos(math.atan2(b, a) - math.radians(hue))
-        reachable = max_chroma(l_star, hue)
-        agreement = turn * min(1.0, chroma / max(1.0, min(FULL_CHROMA, reachable)))
+            agreement = 1 - min(2.0, chroma / FULL_CHROMA)
+        else:
+            reachable = max_chroma(lightness, hue)
+            turn = math.cos(math.atan2(b, a) - math.radians(hue))
+            agreement = turn * min(1.0, chroma / max(1.0, min(FULL_CHROMA, reachable)))
         reports.append(ColorReport(item.phrase.noun, item.color, agreement, reachable))
     return reports

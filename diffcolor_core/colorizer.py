@@ -70,8 +70,7 @@ class Result:
         """colorfulness, clip_similarity (of the guidance CLIP, with `prompt`), mean_abs_delta_l, p99_abs_delta_l."""
         image, scan, checkpoint = self.image, self.fit.scan, self.checkpoint
         assert scan is not None  # `image` was assembled from it
-        # CLIP sees at most 8 squares along the picture: the shorter side gets CLIP's size, the longer at most 64 times
-        # that, so that the preview of an extreme strip stays small.
+        # The shorter side gets CLIP's size. The longer is limited, as CLIP sees at most 8 squares of an extreme strip.
         side = int(checkpoint.clip.config.vision_config.image_size)
         scale = side / min(scan.height_px, scan.width_px)
         size = [min(max(side, round(px * scale)), 64 * side) for px in (scan.width_px, scan.height_px)]
@@ -94,7 +93,6 @@ class DiffColor:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings | None = None) -> None:
-        """Settings are by default preset `demo` for the demo model, else `paper`."""
         self.checkpoint = checkpoint
         self.settings = settings or preset("demo" if checkpoint.model_id == "demo" else "paper")
         self._last_fitted: FittedModel | None = None  # so that many prompts load theta once
@@ -258,7 +256,7 @@ class DiffColor:
         """The scan's lightness at working size [1, h, w], and (height, width) of the part that is picture.
 
         The picture keeps its aspect and gets the area of the model's native square. Its right and bottom edges are
-        repeated up to the multiple that the networks need, so that nothing is squashed.
+        then repeated up to the multiple that the networks need.
         """
         side = self.settings.working_size_px or self.checkpoint.native_size_px
         multiple = self.checkpoint.size_multiple_px
@@ -273,10 +271,8 @@ class DiffColor:
 def _chroma_at_working_size(picture: Picture, scan: Scan, size: tuple[int, ...], content_px: tuple[int, int]) -> Tensor:
     """The chroma [2, *size] of a finished picture, padded like the scan's lightness."""
     if picture.pixels.shape[:2] != (scan.height_px, scan.width_px):
-        raise ValueError(
-            f"the coloured picture is {picture.pixels.shape[1]} x {picture.pixels.shape[0]} px, "
-            f"the scan {scan.width_px} x {scan.height_px}: they must be of one size"
-        )
+        size_px = f"{picture.pixels.shape[1]} x {picture.pixels.shape[0]} px"
+        raise ValueError(f"the picture in colours has {size_px}, but the scan {scan.width_px} x {scan.height_px} px")
     maximum = float(np.iinfo(picture.pixels.dtype).max)
     rgb = torch.from_numpy(picture.pixels[..., :3].astype(np.float32) / maximum).permute(2, 0, 1)
     padding = (0, size[1] - content_px[1], 0, size[0] - content_px[0])

@@ -33,21 +33,18 @@ class Stage1Settings(_Record):
     diffusion_weight: float = Field(1.0, ge=0)
     """w_diff of equation (3) [A]."""
     diffusion_target: Literal["noise", "prior"] = "noise"
-    """What equation (2) pulls the prediction towards: the drawn noise [P], or the frozen model's own
-    prediction [O]. The noise belongs to a gray picture, so it teaches the model that the prompt means gray."""
+    """What (2) pulls the prediction towards: the drawn noise [P], or the frozen model's own prediction [O].
+    The noise belongs to a gray picture, so it teaches the model that the prompt means gray."""
     temperature: float = Field(0.01, gt=0)
     """tau of equation (1): CLIP's own logit scale [A]."""
     max_timestep: float = Field(1.0, gt=0, le=1)
-    """Largest t drawn, as a fraction of the schedule; 1 is the whole schedule [P]. CLIP judges a one-step
-    clean estimate, and that is a blur where the noise is strong [O]."""
+    """Largest t drawn, as a part of the schedule; 1 is all of it [P]. In strong noise CLIP sees a blur [O]."""
     num_views: int = Field(0, ge=0)
-    """Random crops, flips and noisy copies that CLIP judges besides the whole picture [O]. They should keep
-    out colours that only CLIP likes. 0 is the paper's."""
+    """Random crops, flips and noisy copies that CLIP judges too, against colours that only CLIP likes [O]; 0 is [P]."""
     stop_below: float = Field(0.0, ge=0)
     """Stop once the mean contrastive loss of five steps is below this (nats) [O]. 0 never stops early."""
     strength: float | None = Field(None, gt=0, le=1)
-    """Starting noise level of the primary. None takes that of `sampling` [P]. Stronger noise keeps less of
-    the gray and gives more vivid colours [O]."""
+    """Starting noise of the primary. None takes that of `sampling` [P]. More keeps less of the gray [O]."""
     anti_color_prompts: tuple[str, ...] = (
         "A grayscale photograph",
         "A picture with scratches",
@@ -107,8 +104,7 @@ class Stage2Settings(_Record):
     """Guide away from the context prompt without its colour words [O] instead of the empty prompt [A], so that
     guidance pushes towards the target's colours. The old colour words must not be in it: see docs/method.md."""
     regional_prompts: bool = False
-    """Generate each noun's region under the target prompt with that noun's colour word alone [O], so that no
-    word can colour another noun. Cross-attention shows the regions."""
+    """Generate each noun's region under that noun's colour word alone [O]: no word can colour another noun."""
     keep_unchanged: bool = False
     """Change the picture only in the regions of nouns whose colour word the target changes [O]."""
 

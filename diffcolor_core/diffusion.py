@@ -7,34 +7,26 @@ know which; everything else works with z, z_0 and eps.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
-
-
-class Schedule(Protocol):
-    """The part of a diffusers scheduler that is used here."""
-
-    alphas_cumprod: Tensor
-    config: object
-
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t [B, C, h, w], t [B], prompt_embeds [B, tokens, width]) -> the UNet's raw output, shaped like z_t."""
 
 
-def _abar(schedule: Schedule, t: Tensor, like: Tensor) -> Tensor:
+def _abar(schedule: DDIMScheduler, t: Tensor, like: Tensor) -> Tensor:
     return schedule.alphas_cumprod.to(like)[t].view(-1, 1, 1, 1)
 
 
-def add_noise(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def add_noise(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps."""
     abar = _abar(schedule, t, z)
     return abar.sqrt() * z + (1 - abar).sqrt() * eps
 
 
-def training_target(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def training_target(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """The raw output that equations (2), (5) and (6) ask for: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z."""
     if _predicts_v(schedule):
         abar = _abar(schedule, t, z)
@@ -42,7 +34,7 @@ def training_target(schedule: Schedule, z: Tensor, eps: Tensor, t: Tensor) -> Te
     return eps
 
 
-def clean_estimate(schedule: Schedule, z_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def clean_estimate(schedule: DDIMScheduler, z_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """The one-step estimate of z_0, and the eps that goes with it, from the UNet's raw output."""
     abar = _abar(schedule, t, z_t)
     if _predicts_v(schedule):
@@ -51,11 +43,11 @@ def clean_estimate(schedule: Schedule, z_t: Tensor, t: Tensor, output: Tensor) -
     return (z_t - (1 - abar).sqrt() * output) / abar.sqrt(), output
 
 
-def _predicts_v(schedule: Schedule) -> bool:
-    return getattr(schedule.config, "prediction_type", "epsilon") == "v_prediction"
+def _predicts_v(schedule: DDIMScheduler) -> bool:
+    return bool(schedule.config.prediction_type == "v_prediction")
 
 
-def ddim_timesteps(schedule: Schedule, num_steps: int, strength: float) -> Tensor:
+def ddim_timesteps(schedule: DDIMScheduler, num_steps: int, strength: float) -> Tensor:
     """The timesteps to visit, from the noisiest down.
 
     Of `num_steps` spread evenly over the schedule these are the lowest part, `strength` (0..1) of them and at
@@ -69,7 +61,7 @@ def ddim_timesteps(schedule: Schedule, num_steps: int, strength: float) -> Tenso
 @torch.no_grad()
 def ddim_sample(
     predict: Predict,
-    schedule: Schedule,
+    schedule: DDIMScheduler,
     z_t: Tensor,
     timesteps: Tensor,
     prompt_embeds: Tensor,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -139,16 +138,13 @@ def load_fit(url: str, scan: Scan | None = None) -> Fit:
     if scan is not None and scan_sha256(scan) != record.get("scan_sha256"):
         raise FitError(f"the fit at {url!r} is of another picture than the one that was given")
     try:
-        return _from_record(record, load(data), scan)
+        tensors = load(data)
+        if scan is None and "scan.lightness" in tensors:
+            alpha = tensors.get("scan.alpha")
+            scan = Scan(tensors["scan.lightness"], None if alpha is None else alpha.numpy(), **record["scan"])
+        fields: dict[str, Any] = {name: record[name] for name in _PLAIN}
+        fields |= {name: tensors[name] for name in _TENSOR_FIELDS} | {"content_px": tuple(record["content_px"])}
+        fields["unet_state"] = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+        return Fit(scan=scan, settings=Settings.model_validate(record["settings"]), **fields)
     except (KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise FitError(f"{url!r}: {_RECORD} and {_TENSORS} do not hold a whole fit: {error!r}") from error
-
-
-def _from_record(record: Mapping[str, Any], tensors: dict[str, Tensor], scan: Scan | None) -> Fit:
-    if scan is None and "scan.lightness" in tensors:
-        alpha = tensors.get("scan.alpha")
-        scan = Scan(tensors["scan.lightness"], None if alpha is None else alpha.numpy(), **record["scan"])
-    fields: dict[str, Any] = {name: record[name] for name in _PLAIN} | {name: tensors[name] for name in _TENSOR_FIELDS}
-    fields["content_px"] = tuple(record["content_px"])
-    fields["unet_state"] = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
-    return Fit(scan=scan, settings=Settings.model_validate(record["settings"]), **fields)

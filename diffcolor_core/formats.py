@@ -1,9 +1,9 @@
 """Finished pictures as files: PNG, TIFF, JPEG, WebP, with the source's metadata, an sRGB profile and their provenance.
 
-A result is marked as what it is: IPTC's DigitalSourceType "compositeWithTrainedAlgorithmicMedia"
-(a capture whose colours a generative model added), the software, the prompts and the run, in XMP.
-Not "trainedAlgorithmicMedia", since the luminance is the scan's own, and not
-"algorithmicallyEnhanced", since the colours are invented and no correction of what was there.
+XMP marks each result with IPTC's DigitalSourceType "compositeWithTrainedAlgorithmicMedia", a photograph to which a
+generative model added its colours, and with the software, the prompt and the run. It is not
+"trainedAlgorithmicMedia", as the luminance is the scan's own, and not "algorithmicallyEnhanced", as the colours are
+invented and correct nothing.
 """
 
 import io
@@ -39,7 +39,7 @@ for _prefix, _uri in _NAMESPACES.items():
     ElementTree.register_namespace(_prefix, _uri)
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MAX_SIDE_PX = {"jpeg": 65_500, "webp": 16_383}
-_MAX_JPEG_EXIF_BYTES, _MAX_JPEG_XMP_BYTES = 65_533, 65_504  # what one segment holds beside its length and XMP's name
+_MAX_JPEG_EXIF_BYTES, _MAX_JPEG_XMP_BYTES = 65_533, 65_504  # room in one segment, beside its length and XMP's name
 _TIFF_TAGS = (270, 271, 272, 306, 315, 33432)  # description, make, model, date, artist, copyright
 
 
@@ -60,11 +60,11 @@ def encode(
     provenance: Provenance | None = None,
     source: SourceMetadata | None = None,
 ) -> bytes:
-    """The file's bytes: PNG and TIFF of the picture's own bit depth without loss, JPEG and WebP as 8-bit access copies.
+    """The file's bytes: lossless PNG or TIFF at the picture's bit depth, or an 8-bit access copy as JPEG or WebP.
 
-    source: the scan's EXIF and XMP, kept where the format holds them: a JPEG has 64 kB for each. JPEG lays
-    transparent pictures on white; access copies longer than their format allows are scaled down. The
-    same arguments give the same bytes.
+    source: the scan's EXIF and XMP, kept as far as the format has room: a JPEG has 64 kB for each. A JPEG shows
+    transparent pictures on white, and an access copy that is too long for its format is scaled down. The same
+    arguments give the same bytes.
     """
     source = source or SourceMetadata()
     xmp = xmp_packet(provenance, source.xmp) if provenance is not None else source.xmp
@@ -73,7 +73,7 @@ def encode(
     if image_format == "tiff":
         return _tiff(picture.pixels, source.exif, xmp)
     image = picture.to_pil()
-    image.thumbnail((_MAX_SIDE_PX[image_format],) * 2)  # only ever smaller
+    image.thumbnail((_MAX_SIDE_PX[image_format],) * 2)  # only makes it smaller
     if image_format == "jpeg" and image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image).convert("RGB")
@@ -91,23 +91,22 @@ def encode(
 
 @cache
 def srgb_profile() -> bytes:
-    """An sRGB ICC profile, its date of creation zeroed so that it is always the same."""
+    """An sRGB ICC profile without its date of creation, so that it is always the same."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile[:24] + bytes(12) + profile[36:]
 
 
-# ------------------------------------------------------------------ XMP
-
-
 def xmp_packet(provenance: Provenance, source_xmp: bytes | None = None) -> bytes:
-    """XMP that says what made a picture, beside what the source's own XMP says.
+    """XMP that says what made a picture, added to the source's own XMP.
 
-    Prompts are data: everything is escaped, characters that XML cannot hold are dropped. A source
-    packet that is damaged, nested without end or declares entities is passed over.
+    Prompts are data: everything is escaped, and characters that XML cannot hold are dropped. A source packet is
+    ignored if it is damaged, nested without end, or declares entities.
     """
-    root, rdf = _parsed(source_xmp) or _empty_packet()
-    ext = "{" + _NAMESPACES["Iptc4xmpExt"] + "}"
-    own = "{" + _NAMESPACES["diffcolor"] + "}"
+    ext, own, rdf_prefix = ("{" + _NAMESPACES[name] + "}" for name in ("Iptc4xmpExt", "diffcolor", "rdf"))
+    root, rdf = _parsed(source_xmp) or (None, None)
+    if root is None or rdf is None:
+        root = ElementTree.Element("{" + _NAMESPACES["x"] + "}xmpmeta")
+        rdf = ElementTree.SubElement(root, f"{rdf_prefix}RDF")
     values = {
         f"{ext}DigitalSourceType": DIGITAL_SOURCE_TYPE,
         f"{ext}AISystemUsed": "DiffColor (arXiv 2308.01655)",
@@ -126,8 +125,7 @@ def xmp_packet(provenance: Provenance, source_xmp: bytes | None = None) -> bytes
             description.attrib.pop(name, None)
             for child in description.findall(name):
                 description.remove(child)
-    about = {"{" + _NAMESPACES["rdf"] + "}about": ""}
-    ours = ElementTree.SubElement(rdf, "{" + _NAMESPACES["rdf"] + "}Description", about)
+    ours = ElementTree.SubElement(rdf, f"{rdf_prefix}Description", {f"{rdf_prefix}about": ""})
     for name, value in values.items():
         ElementTree.SubElement(ours, name).text = _NOT_XML.sub("", value)
     try:
@@ -135,11 +133,6 @@ def xmp_packet(provenance: Provenance, source_xmp: bytes | None = None) -> bytes
     except RecursionError:  # thousands of elements within each other
         return xmp_packet(provenance)
     return b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>' + body + b'<?xpacket end="r"?>'
-
-
-def _empty_packet() -> tuple[ElementTree.Element, ElementTree.Element]:
-    root = ElementTree.Element("{" + _NAMESPACES["x"] + "}xmpmeta")
-    return root, ElementTree.SubElement(root, "{" + _NAMESPACES["rdf"] + "}RDF")
 
 
 def _parsed(packet: bytes | None) -> tuple[ElementTree.Element, ElementTree.Element] | None:
@@ -151,9 +144,6 @@ def _parsed(packet: bytes | None) -> tuple[ElementTree.Element, ElementTree.Elem
         return None
     rdf = next(root.iter("{" + _NAMESPACES["rdf"] + "}RDF"), None)
     return None if rdf is None else (root, rdf)
-
-
-# ------------------------------------------------------------------ containers
 
 
 def _tags(exif: bytes | None) -> Image.Exif:
@@ -169,7 +159,7 @@ def _dpi(exif: bytes | None) -> tuple[float, float] | None:
 
 
 def _png(picture: Picture, exif: bytes | None, xmp: bytes | None) -> bytes:
-    """The picture's PNG with profile, EXIF and XMP as chunks before its data."""
+    """The picture's PNG, with profile, resolution, EXIF and XMP in chunks before its data."""
     plain = picture.encode_png()
     after_header = 8 + 25  # signature, IHDR
     chunks = [_png_chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile(), 9))]
@@ -188,9 +178,9 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _tiff(pixels: np.ndarray, exif: bytes | None, xmp: bytes | None) -> bytes:
-    """Deflated TIFF of 8 or 16 bits. Of EXIF, the tags that are TIFF's own are kept."""
+    """A deflated TIFF of 8 or 16 bits. Of EXIF it keeps the tags that are TIFF's own."""
     tags = _tags(exif)
-    # Latin-1 is how Pillow reads any text, so it gives back the bytes that were there
+    # Pillow reads all text as Latin-1, so Latin-1 gives back the original bytes
     extra: list[tuple[int, int, int, object, bool]] = [
         (tag, 2, 0, str(tags[tag]).encode("latin-1"), True) for tag in _TIFF_TAGS if tag in tags
     ]

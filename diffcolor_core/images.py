@@ -61,16 +61,14 @@ class Picture:
         return Image.fromarray((self.pixels >> 8).astype(np.uint8) if self.pixels.dtype == np.uint16 else self.pixels)
 
 
-# ------------------------------------------------------------------ in
-
-
 def read_scan(source: bytes | str | Path) -> Scan:
     """Decode a file's first frame or page, turn it upright and take its lightness.
 
     Raises UnreadableImageError, with the decoder's reason, unless it is a whole picture of at most `MAX_PIXELS`
     in one of `FORMATS`. Raises FileNotFoundError for a path that does not exist.
     """
-    samples, maximum, mode, metadata, num_pages = decode(_bytes_of(source))
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    samples, maximum, mode, metadata, num_pages = decode(data)
     color = samples[..., : 1 if samples.shape[-1] <= 2 else 3]
     alpha = samples[..., -1] if samples.shape[-1] in (2, 4) else None
     return Scan(
@@ -85,14 +83,10 @@ def read_scan(source: bytes | str | Path) -> Scan:
 
 def read_picture(source: bytes | str | Path) -> Picture:
     """Decode a file as `read_scan` does, but keep its colours. Raises the same errors."""
-    samples, *_ = decode(_bytes_of(source))
+    samples, *_ = decode(source if isinstance(source, bytes) else Path(source).read_bytes())
     if samples.shape[-1] <= 2:  # gray
         samples = np.concatenate((np.repeat(samples[..., :1], 3, axis=-1), samples[..., 1:]), axis=-1)
     return Picture(np.array(samples, order="C"))  # a decoder's array may be read-only
-
-
-def _bytes_of(source: bytes | str | Path) -> bytes:
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 def _lightness_of(samples: np.ndarray, maximum: int) -> Tensor:
@@ -111,9 +105,6 @@ def _lightness_of(samples: np.ndarray, maximum: int) -> Tensor:
 def gray_input(lightness: Tensor) -> Tensor:
     """x_gray of the method: lightness [1, h, w] as a gray picture [3, h, w] in [-1, 1]."""
     return (lightness_to_gray(lightness).clamp(0, 1) * 2 - 1).expand(3, -1, -1).contiguous()
-
-
-# ------------------------------------------------------------------ out
 
 
 def assemble(scan: Scan, chroma: Tensor) -> Picture:

@@ -11,17 +11,15 @@ from diffcolor_core.images import Picture, Scan
 def colorfulness(picture: Picture) -> float:
     """Colourfulness after Hasler and Suesstrunk (2003), on the 0..255 scale: 0 is gray, 109 extremely colourful."""
     scale = 257.0 if picture.pixels.dtype == np.uint16 else 1.0
-    count, sums, squares = 0, np.zeros(2), np.zeros(2)
     height, width = picture.pixels.shape[:2]
+    sums, squares = np.zeros(2), np.zeros(2)
     for rows in strips(height, width):
-        rgb: np.ndarray = picture.pixels[rows].astype(np.float64) / scale
-        r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+        r, g, b = np.moveaxis(picture.pixels[rows, :, :3].astype(np.float64) / scale, -1, 0)
         for i, opponent in enumerate((r - g, (r + g) / 2 - b)):
             sums[i] += opponent.sum()
             squares[i] += (opponent**2).sum()
-        count += r.size
-    mean = sums / count
-    variance = np.clip(squares / count - mean**2, 0, None)
+    mean = sums / (height * width)
+    variance = np.clip(squares / (height * width) - mean**2, 0, None)
     return float(np.sqrt(variance.sum()) + 0.3 * np.sqrt((mean**2).sum()))
 
 

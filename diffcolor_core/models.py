@@ -150,9 +150,8 @@ class Checkpoint:
         joined. The shorter prompts of one call are padded with the empty prompt's chunks.
         """
         chunked = [_chunks(self.tokenizer, prompt) for prompt in prompts]
-        most = max(len(chunks) for chunks in chunked)
-        empty = _chunks(self.tokenizer, "")[0]
-        ids = torch.stack([torch.stack([*chunks, *[empty] * (most - len(chunks))]) for chunks in chunked])
+        most, empty = max(map(len, chunked)), _chunks(self.tokenizer, "")
+        ids = torch.stack([torch.stack([*chunks, *empty * (most - len(chunks))]) for chunks in chunked])
         with torch.no_grad(), self.autocast():
             embeds = self.text_encoder(ids.flatten(0, 1).to(self.device)).last_hidden_state
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]

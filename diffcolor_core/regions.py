@@ -59,11 +59,7 @@ def recorded_attention(unet: UNet2DConditionModel) -> Iterator[RecordedAttention
 
 @torch.no_grad()
 def phrase_regions(
-    checkpoint: Checkpoint,
-    lightness: Tensor,
-    prompt: str,
-    phrases: Sequence[NounPhrase],
-    generator: torch.Generator,
+    checkpoint: Checkpoint, lightness: Tensor, prompt: str, phrases: Sequence[NounPhrase], generator: torch.Generator
 ) -> Tensor:
     """Which part of the gray picture each noun phrase of the prompt names: [P, h, w], summing to 1 over P.
 

@@ -26,7 +26,6 @@ def generate(
     lightness: Tensor,
     settings: SamplingSettings,
     generator: torch.Generator,
-    *,
     negative_prompt: str = "",
     regional: RegionalPrompts | None = None,
 ) -> Tensor:

@@ -46,9 +46,6 @@ MAX_BATCH = 8
 """Pictures that are generated at a time."""
 
 
-# ------------------------------------------------------------------ steps 1 to 3, once for a photograph
-
-
 class InContextFit(NamedTuple):
     """What steps 1 to 3 give: c', e_opt [1, tokens, width], a frozen UNet with theta, and the losses of each step."""
 
@@ -84,24 +81,20 @@ def fit_in_context(
 
     # 2. (5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen
     e_opt = checkpoint.encode_prompts([rewritten]).requires_grad_(True)
-    embedding_losses = minimise(
-        lambda: reconstruction_loss(checkpoint, checkpoint.unet, z, e_opt, settings.batch_size, generator),
-        [e_opt],
-        stage2.embedding_learning_rate,
-        stage2.embedding_steps,
-        partial(progress, "stage 2, embedding"),
-    )
+
+    def loss_of(unet: UNet2DConditionModel) -> Tensor:
+        return reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generator)
+
+    rate, num_steps = stage2.embedding_learning_rate, stage2.embedding_steps
+    told = partial(progress, "stage 2, embedding")
+    embedding_losses = minimise(lambda: loss_of(checkpoint.unet), [e_opt], rate, num_steps, told)
     e_opt.requires_grad_(False)
 
     # 3. (6) theta = argmin E ||eps - eps_theta(z_t, t, e_opt)||^2, from the base UNet, not from stage 1's [O]
     unet = trainable_copy(checkpoint.unet, stage2.adapter_rank, generator)
-    model_losses = minimise(
-        lambda: reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generator),
-        [p for p in unet.parameters() if p.requires_grad],
-        stage2.model_learning_rate,
-        stage2.model_steps,
-        partial(progress, "stage 2, model"),
-    )
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    rate, num_steps = stage2.model_learning_rate, stage2.model_steps
+    model_losses = minimise(lambda: loss_of(unet), trained, rate, num_steps, partial(progress, "stage 2, model"))
     unet.requires_grad_(False)
     return InContextFit(rewritten, e_opt.cpu(), unet, {"embedding": embedding_losses, "model": model_losses})
 
@@ -173,9 +166,6 @@ def minimise(
     return losses
 
 
-# ------------------------------------------------------------------ steps 4 and 5, for every target prompt
-
-
 @dataclass(frozen=True)
 class FittedModel:
     """A fit whose weights are in a UNet, ready for any number of prompts."""
@@ -238,7 +228,7 @@ def recolor(
 
     # 5. Generate from the forward-diffused latent of the base picture, align, keep what must not change
     z = checkpoint.encode(lock_luminance(base_chroma, fit.lightness)[None].to(checkpoint.device) * 2 - 1)
-    negative_prompt = without_colors(fit.context_prompt) if settings.stage2.negative_context else ""
+    negative = without_colors(fit.context_prompt) if settings.stage2.negative_context else ""
     pictures: list[Tensor] = []
     for start in range(0, len(jobs), MAX_BATCH):
         batch = jobs[start : start + MAX_BATCH]
@@ -246,17 +236,9 @@ def recolor(
         e_alpha = torch.cat([pad_embeds(e, e_empty, num_tokens) for job in batch for e, _ in job])
         owners = torch.tensor([index for index, job in enumerate(batch) for _ in job])
         regional = RegionalPrompts(owners, torch.stack([mask for job in batch for _, mask in job]))
-        pictures += generate(
-            checkpoint,
-            fitted.unet,
-            z,
-            e_alpha,
-            fit.lightness,
-            settings.sampling,
-            torch.Generator().manual_seed(fit.seed),
-            negative_prompt=negative_prompt,
-            regional=regional,
-        )
+        noise = torch.Generator().manual_seed(fit.seed)
+        sampling = settings.sampling
+        pictures += generate(checkpoint, fitted.unet, z, e_alpha, fit.lightness, sampling, noise, negative, regional)
     results = []
     for prompt, phrases, generated in zip(prompts, all_phrases, pictures, strict=True):
         noise = torch.Generator().manual_seed(fit.seed)

@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from diffcolor_core import DiffColor, Fit, Picture, Result, Scan, read_scan
-from diffcolor_core.errors import FitError
+from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read_scan
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem

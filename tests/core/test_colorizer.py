@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import DiffColor, DivergedError, FitError, Settings, read_picture
+from diffcolor_core import DiffColor, DivergedError, FitError, Picture, Scan, Settings, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
 from support.pictures import gray_picture
 
@@ -94,8 +94,6 @@ def test_the_picture_keeps_its_size_and_luminance(pipe, size):
 
 
 def test_the_aspect_is_kept_at_working_size(pipe):
-    from diffcolor_core import Scan
-
     small, (height, width) = pipe._at_working_size(Scan(torch.rand(1, 100, 400) * 100, None, 8, "L"))
     assert height / width == pytest.approx(1 / 4, rel=0.05)
     assert height * width == pytest.approx(32 * 32, rel=0.1)
@@ -148,7 +146,7 @@ def test_a_coloured_picture_takes_stage_1s_place(pipe):
     assert "contrastive" not in fit.losses
     difference = fit.primary_picture.pixels.astype(int) - rgb
     assert np.abs(difference).mean() < 4
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="has 56 x 40 px, but the scan 20 x 20 px"):
         pipe.fit(scan_bytes(20, 20), CONTEXT, primary=read_picture(buffer.getvalue()))
 
 
@@ -235,3 +233,18 @@ def test_chroma_and_luminance_error_of_what_was_generated_are_kept(pipe, fit):
     assert result.chroma.shape == fit.primary.shape == (2, *fit.lightness.shape[-2:])
     assert result.generated.shape == fit.generated.shape == (3, *fit.lightness.shape[-2:])
     assert 0 < float((result.generated[:1] - fit.lightness).abs().mean()) < 50
+
+
+@pytest.mark.parametrize(("size", "seen"), [((400, 600), (32, 48)), ((126, 10), (403, 32)), ((1, 6500), (32, 64 * 32))])
+def test_clip_sees_a_small_picture_of_the_same_shape(pipe, fit, monkeypatch, size, seen):
+    """Its shorter side is CLIP's; the longer one of an extreme strip is limited."""
+    shapes = []
+    plain = type(pipe.checkpoint).clip_image_features
+    monkeypatch.setattr(
+        type(pipe.checkpoint), "clip_image_features", lambda self, x: shapes.append(x.shape[-2:]) or plain(self, x)
+    )
+    scan = Scan(torch.full((1, *size), 50.0), None, 8, "L")
+    result = pipe.recolor(replace(fit, scan=scan))
+    result.__dict__["image"] = Picture(np.full((*size, 3), 119, np.uint8))
+    assert result.metrics["p99_abs_delta_l"] < 0.3
+    assert shapes == [seen]
