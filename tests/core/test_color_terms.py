@@ -41,9 +41,9 @@ def test_what_changed_is_told_by_the_noun():
     assert all(p.changed for p in colored_phrases("a red ball", "a table"))
 
 
-def lab_square(l_star: float, hue: float, chroma: float) -> torch.Tensor:
+def lab_square(lightness: float, hue: float, chroma: float) -> torch.Tensor:
     angle = math.radians(hue)
-    return torch.tensor([l_star, chroma * math.cos(angle), chroma * math.sin(angle)]).view(3, 1, 1).expand(3, 4, 4)
+    return torch.tensor([lightness, chroma * math.cos(angle), chroma * math.sin(angle)]).view(3, 1, 1).expand(3, 4, 4)
 
 
 @pytest.mark.parametrize(
