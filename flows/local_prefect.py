@@ -24,6 +24,8 @@ START_SECONDS = 120.0
 """Time for the server to answer. The first start on a machine sets up the database."""
 END_SECONDS = 10.0
 """Time for the server to end in order."""
+_FOR_LIFE = ExitStack()
+"""Contexts that this process never leaves."""
 
 
 def start_prefect() -> Callable[[], None]:
@@ -48,7 +50,7 @@ def start_prefect() -> Callable[[], None]:
     )
     atexit.register(_end, server)  # before Prefect registers anything, so that it runs after all of that
     url = f"http://127.0.0.1:{port}/api"
-    ExitStack().enter_context(temporary_settings({PREFECT_API_URL: url}))
+    _FOR_LIFE.enter_context(temporary_settings({PREFECT_API_URL: url}))
     return lambda: _wait_until_healthy(server, url)
 
 

@@ -1,7 +1,8 @@
 """A Ray for one run on this machine, in a session of its own.
 
-A signal to the run's process group (Ctrl-C in a terminal, the cancel of Prefect's worker) thus reaches the run alone,
-and what is finished can still be committed. It ends with the run, however that ends: a closed pipe tells it.
+So a signal to the run's process group, such as Ctrl-C in a terminal or a cancel by Prefect's worker, reaches the run
+alone, and what is finished can still be committed. Ray ends with the run, also if the run is killed: a closed pipe
+tells it.
 """
 
 import os
@@ -11,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 END_SECONDS = 30.0
-"""For Ray's processes to end before they are killed."""
+"""Time for Ray's processes to end before they are killed."""
 
 
 @contextmanager
 def local_ray() -> Iterator[str]:
-    """Ray's address, for as long as the context lasts. Raises RuntimeError if it does not start.
+    """Start Ray for as long as the context lasts; yield its address. Raises RuntimeError if it does not start.
 
-    The environment's RAY_AUTH_MODE and token hold for it.
+    It uses RAY_AUTH_MODE and the token of the environment.
     """
     keeper = subprocess.Popen(
         [sys.executable, "-P", __file__],
@@ -44,7 +45,7 @@ def local_ray() -> Iterator[str]:
 
 
 def main() -> None:
-    """Start Ray, print its address, and end it once nobody holds the other end of standard input."""
+    """Start Ray, print its address, and end Ray once nobody holds the other end of standard input."""
     import ray
 
     ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")

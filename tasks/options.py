@@ -144,7 +144,7 @@ def flow_parameters(
         inspect.Parameter(
             name,
             kind,
-            annotation=Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
+            annotation=annotation_of(field),
             default=inspect.Parameter.empty if field.is_required() else field.default,
         )
         for name, field in flat.model_fields.items()
@@ -185,6 +185,11 @@ def _rest_and_flat(options: type[BaseModel]) -> tuple[type[BaseModel], type[Base
     assert issubclass(rest, BaseModel)
     assert issubclass(flat, BaseModel)
     return rest, flat
+
+
+def annotation_of(field: FieldInfo) -> Any:
+    """The type of an option, with its limits."""
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 def in_one_line(field: FieldInfo) -> str:

@@ -67,6 +67,8 @@ class Plan:
         none, it is quarantined. Without `whole_archive` only the images count that the catalog names, and a row
         without a context prompt takes that of the image's last row in the manifest. What is ok is done, and so is
         what is quarantined, unless `retry` says otherwise. What failed is tried again under its next attempt number.
+        Catalog columns that we do not know are no reason to do anything again: changed ones are kept with the next
+        row that is written for their variant.
         """
         options = config.options
         archive, output = Store(options.archive), Store(options.output)

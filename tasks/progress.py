@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, log lines elsewhere."""
+"""What a run shows while it works: a bar on a terminal, log lines anywhere else."""
 
 import logging
 import threading
@@ -15,12 +15,15 @@ LOG_EVERY_SECONDS = 30.0
 
 
 def visible(text: str) -> str:
-    """With control characters written out: a file's name may hold line breaks and a terminal's commands."""
+    """`text` with control characters written out: a file name may hold line breaks and terminal commands."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RunProgress:
-    """Counts images done, failed and quarantined; safe to call from the shard tasks' threads."""
+    """Counts images that are done, failed and quarantined. The threads of the shard tasks may share it.
+
+    Without warnings in the log, there is no bar either: such a run is meant to be quiet.
+    """
 
     def __init__(self, num_images: int, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
         self.num_images, self.logger = num_images, logger
@@ -29,7 +32,7 @@ class RunProgress:
         self._start = self._last_log = time.monotonic()
         console = Console(stderr=True)
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and logger.isEnabledFor(logging.WARNING):
             columns = (
                 TextColumn("colorizing"),
                 BarColumn(),
@@ -52,7 +55,7 @@ class RunProgress:
             self._bar.stop()
 
     def image_done(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Count one image by the worst status of its rows; log the errors."""
+        """Count one image by the worst status of its rows, and log it if that is not ok."""
         rows = list(rows)
         statuses = {row["status"] for row in rows}
         status = next(s for s in ("failed", "quarantined", "ok") if s in statuses)

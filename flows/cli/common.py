@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.options import defaults_of, flag, overrides_of
+from tasks.options import PresetName
 from tasks.progress import visible
 
 __all__ = ["overrides_of"]
@@ -25,7 +26,7 @@ notes = Console(stderr=True)
 """Progress and remarks, which --quiet leaves out."""
 
 ModelOption = Annotated[str, flag("model")]
-PresetOption = Annotated[str, flag("preset")]
+PresetOption = Annotated[PresetName, flag("preset")]
 SetOption = Annotated[list[str] | None, flag("overrides")]
 SeedOption = Annotated[int, flag("seed")]
 DeviceOption = Annotated[

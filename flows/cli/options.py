@@ -18,7 +18,7 @@ from annotated_types import Ge
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from tasks.options import RunOptions, groups, in_one_line
+from tasks.options import RunOptions, annotation_of, groups, in_one_line
 
 T = TypeVar("T", bound=BaseModel)
 FILE = "diffcolor.toml"
@@ -163,10 +163,7 @@ def configured() -> dict[str, Any]:
         ) -> tuple[Any, ...]:
             return env_settings, TomlConfigSettingsSource(settings_cls)
 
-    fields: dict[str, Any] = {
-        name: (Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, None)
-        for name, field in RunOptions.model_fields.items()
-    }
+    fields: dict[str, Any] = {name: (annotation_of(field), None) for name, field in RunOptions.model_fields.items()}
     try:
         found = create_model("Configured", __base__=FromFileAndEnvironment, **fields)()
     except ValidationError as error:
