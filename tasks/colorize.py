@@ -103,7 +103,7 @@ class ImageWorker:
         return all(map(self.output.has, keys.values())) and self.output.sha256(keys["output"]) == row["output_sha256"]
 
     def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
-        """The fit, made or loaded, then the variants."""
+        """Make or load the fit, then make the variants."""
         start = time.perf_counter()
         key, context, sha256 = planned.work.image_key, planned.work.context_prompt, shared["input_sha256"]
         has_targets = any(variant.target_prompt is not None for variant in planned.work.variants)
@@ -132,8 +132,8 @@ class ImageWorker:
                 config_sha256 = self.config.config_sha256(context, variant.target_prompt)
                 stem = picture_stem(key, sha256, config_sha256, primary=False)
                 files = self._write(stem, result.image, fit, variant.target_prompt)
-            seconds = fit_seconds + time.perf_counter() - start
-            rows.append(self._row(planned, index, result, shared | files, seconds))
+            row = self._row(planned, index, result, shared | files)
+            rows.append(row | {"total_seconds": fit_seconds + time.perf_counter() - start})
         return rows
 
     def _fit(
@@ -178,7 +178,7 @@ class ImageWorker:
                 columns["output_bytes"] = len(data)
         return columns
 
-    def _row(self, planned: PlannedImage, index: int, result: Result, shared: Row, seconds: float) -> Row:
+    def _row(self, planned: PlannedImage, index: int, result: Result, shared: Row) -> Row:
         return (
             base_row(self.config, planned, index)
             | shared
@@ -188,7 +188,6 @@ class ImageWorker:
                 "alpha": result.alpha,
                 "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
-                "total_seconds": seconds,
                 "device_name": device_name(self.pipe.checkpoint.device),
                 "peak_memory_bytes": peak_memory_bytes(self.pipe.checkpoint.device),
                 "node": socket.gethostname(),

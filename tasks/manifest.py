@@ -100,8 +100,8 @@ _COLUMNS = (
     _Column("p99_abs_delta_l", pa.float64(), "99th percentile of the same.", "L*"),
     _Column("stage1_seconds", pa.float64(), "Stage 1 of the fit, shared by the image's variants.", "s"),
     _Column("stage2_seconds", pa.float64(), "Stage 2 of the fit, shared by the image's variants.", "s"),
-    _Column("sampling_seconds", pa.float64(), "Sampling, alignment and assembly of this variant.", "s"),
-    _Column("total_seconds", pa.float64(), "Reading, this fit and this variant, writing.", "s"),
+    _Column("sampling_seconds", pa.float64(), "Sampling and alignment of this variant.", "s"),
+    _Column("total_seconds", pa.float64(), "The fit and this variant, with assembly, metrics and writing.", "s"),
     _Column("device_name", pa.string(), "GPU or processor."),
     _Column(
         "peak_memory_bytes", pa.int64(), "Peak GPU memory; on a CPU, the actor's peak resident memory so far.", "B"

@@ -1,12 +1,10 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffcolor_core import DiffColor, decoding, images, metrics
+from diffcolor_core import decoding, images, metrics
 from diffcolor_core.images import Picture, Scan, assemble, read_scan
 
 
@@ -68,17 +66,3 @@ def test_colorfulness_of_known_pictures():
     assert metrics.colorfulness(Picture(pixels)) == pytest.approx(expected)
     deep = Picture(pixels.astype(np.uint16) * 257)
     assert metrics.colorfulness(deep) == pytest.approx(expected)
-
-
-def test_clip_sees_a_line_of_pixels_at_a_bounded_size():
-    """Ordinary shapes keep their own, to the pixel."""
-    clip = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(image_size=224)))
-    pipe = SimpleNamespace(checkpoint=SimpleNamespace(clip=clip))
-
-    def size(width: int, height: int) -> tuple[int, int]:
-        scan = SimpleNamespace(width_px=width, height_px=height)
-        return DiffColor._clip_size(pipe, scan)
-
-    assert size(6000, 4000) == (336, 224)
-    assert size(1000, 12600) == (224, round(12600 * 0.224))
-    assert size(65_000, 1) == (224 * 64, 224)
