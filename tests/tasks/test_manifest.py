@@ -1,13 +1,26 @@
 import io
+import json
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tasks import manifest
 from tasks.errors import ManifestError
-from tasks.layout import POINTER
-from tasks.manifest import SCHEMA, Compaction, commit_part, compact, connect, encode_part, list_parts, query
+from tasks.layout import POINTER, compaction, part, pointer
+from tasks.lease import hold_output
+from tasks.manifest import (
+    SCHEMA,
+    Compaction,
+    commit_part,
+    compact,
+    connect,
+    encode_part,
+    list_parts,
+    publish_results,
+    query,
+)
 from tasks.storage import Store
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -216,6 +229,84 @@ def test_a_part_that_comes_while_it_is_compacted_counts_once(output, monkeypatch
         patch.setattr(Store, "create", create_late)
         compact(output)
     assert query(output, "select image_key from attempts order by all").fetchall() == [("a.png",), ("late.png",)]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_loose", [64, 300_000])
+def test_a_view_over_a_large_compacted_manifest_streams_to_its_end(tmp_path, num_loose):
+    """DuckDB hangs when it streams a union of joins (duckdb/duckdb#22215), from about this size on."""
+    output, images = Store(str(tmp_path)), [f"{number:07d}.png" for number in range(500_000)]
+
+    def write_part(key, images, generation):
+        columns = {
+            name: pa.repeat(pa.scalar(value, SCHEMA.field(name).type), len(images))
+            for name, value in row(generation=generation).items()
+        }
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns | {"image_key": images}), sink, row_group_size=25_000)
+        output.write(key, sink.getvalue())
+
+    latest = [f"{compaction(1, 'ab')}/latest-{number:05d}.parquet" for number in range(8)]
+    for number, key in enumerate(latest):
+        write_part(key, images[number * 62_500 : (number + 1) * 62_500], 1)
+    output.write(pointer(1), json.dumps({"latest": latest, "earlier": [], "replaced": []}).encode())
+    write_part(part("p2"), images[100_000 : 100_000 + num_loose], 2)
+
+    counts = {"results": 500_000, "outdated": num_loose, "attempts": 500_000 + num_loose}
+    connection = connect(output)
+    for view, expected in counts.items():
+        reader = connection.execute(f"select image_key, status, generation from {view}").to_arrow_reader(10_000)
+        assert sum(batch.num_rows for batch in reader) == expected
+
+
+def test_results_are_published_once_for_the_same_parts(output, monkeypatch):
+    commit_part(output, "p1", [row(generation=1)])
+    publish_results(output)
+    before = output.read("results.parquet")
+    publish_results(output)
+    assert output.read("results.parquet") == before  # written_at too
+    commit_part(output, "p2", [row(image="b.png", generation=2)])
+    compact(output)
+    assert pq.read_table(io.BytesIO(output.read("results.parquet"))).num_rows == 2
+    for key, _ in output.list("manifest"):
+        output.delete(key)
+    publish_results(output)
+    assert not output.has("results.parquet")
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_of_publishers_at_once_the_last_one_has_every_row(output, monkeypatch, is_open):
+    """Another run commits, publishes and ends while this one writes, and is overwritten with fewer rows."""
+    commit_part(output, "p1", [row(generation=1)])
+    write, runs = manifest._write_results, []
+
+    def overtaken(store, parts, digest):
+        if store == output and not runs:
+            runs.append("another")
+            with hold_output(store, {}, after=lambda store: None if is_open else publish_results(store)) as lease:
+                commit_part(store, "p2", [row(image="b.png", generation=2)])
+                lease.end({})
+            if is_open:
+                store.delete("runs/000001.end")
+        write(store, parts, digest)
+
+    monkeypatch.setattr(manifest, "_write_results", overtaken)
+    publish_results(output)
+    rows = pq.read_table(io.BytesIO(output.read("results.parquet"))).num_rows
+    assert rows == (1 if is_open else 2)  # a run that is open publishes when it ends
+
+
+def test_a_description_has_units_and_meaning(output):
+    commit_part(output, "p1", [row()])
+    for question in ("describe results", " DESCRIBE attempts; "):
+        answer = query(output, question)
+        assert answer.columns == ["column", "type", "unit", "description", "since"]
+        rows = {name: values for name, *values in answer.fetchall()}
+        assert list(rows) == SCHEMA.names
+        assert rows["width_px"] == ["INTEGER", "px", "Upright width.", 1]
+        assert rows["catalog_columns"][3] == 4
+        assert all(description for _, _, description, _ in rows.values())
+    assert query(output, "select unit from columns where column_name = 'bit_depth'").fetchall() == [("bit",)]
 
 
 def test_parts_of_an_older_schema_are_read_beside_new_ones(output):
