@@ -123,7 +123,7 @@ def test_a_study_by_command(run, tiny_folder, tmp_path):
         ({"--preset": "fast"}, "'fast' is not one of"),
         ({"--device": "gpu"}, "give `auto`, `cpu`"),
         ({"--device": "cuda:99"}, "torch sees"),
-        ({"--set": "stage2.alpha=1"}, "did you mean 'stage2.alphas'"),
+        ({"--set": "stage2.alphas=1"}, "did you mean 'stage2.alpha'"),
         ({"--set": "batch_size"}, "PATH=VALUE"),
         ({"--set": "stage1.learning_rate=Infinity"}, "finite number"),
         ({"--prompt": " "}, "context prompt is empty"),
