@@ -1,4 +1,4 @@
-"""`diffcolor`, with a preset `demo` of a few steps: what is tested is the pipeline. Run as a process of its own."""
+"""`diffcolor` with a preset `demo` of a few steps, run as its own process: the pipeline is tested, not the method."""
 
 import os
 from unittest.mock import patch

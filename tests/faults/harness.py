@@ -1,4 +1,4 @@
-"""Runs as processes of their own, faults injected into them, and the reckoning afterwards."""
+"""Starts runs as their own processes, so that faults can be injected into them, and counts afterwards."""
 
 import contextlib
 import hashlib
@@ -23,16 +23,17 @@ from tasks.verify import verify
 from tests.conftest import gray_picture
 
 NUM_IMAGES = 8
-RUN_ID = "run"  # a file names its run: under one name the bytes can be compared
+RUN_ID = "run"  # pictures name their run, so only runs of one name write the same bytes
 MARK = "DIFFCOLOR_FAULTS_RUN"
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
 class Reckoning:
-    """What became of an archive after faults and a resume.
+    """The state of an archive's output after faults and a resume.
 
-    identical: every picture has the undisturbed run's bytes. litter: temporary files and processes left.
+    lost, doubled: variants without a row, and with two. identical: every picture has the undisturbed run's bytes.
+    findings: of `verify`. litter: temporary files and processes that were left behind.
     """
 
     injected: int
@@ -49,7 +50,7 @@ class Reckoning:
 
 
 def make_archive(folder: Path, num_images: int) -> Path:
-    """Small scans with a catalog, one of them no picture."""
+    """Small scans with a catalog; one of the files is not a picture."""
     folder.mkdir(parents=True)
     lines = ["image,context_prompt,target_prompt"]
     for number in range(num_images):
@@ -64,7 +65,7 @@ def make_archive(folder: Path, num_images: int) -> Path:
 
 @dataclass
 class Run:
-    """A run that is going on."""
+    """A run at work."""
 
     process: subprocess.Popen[bytes]
     mark: str
@@ -74,7 +75,7 @@ class Run:
         return processes(self.mark, *words)
 
     def kill(self, *words: str) -> int:
-        """SIGKILL to its processes whose command line holds one of the words; how many there were."""
+        """SIGKILL its processes whose command line has one of the words; how many there were."""
         return _kill(self.processes(*words))
 
     def wait(self, seconds: float = 900) -> int:
@@ -84,9 +85,9 @@ class Run:
 
 @dataclass
 class Bench:
-    """An archive, its undisturbed outcome, and runs over it into outputs of their own.
+    """An archive, its undisturbed outcome, and runs over it, each into an output of its own.
 
-    outputs: the folder or URL below which they lie. environment: what runs need to reach it.
+    outputs: the folder or URL of the outputs. environment: the variables that runs need to reach it.
     """
 
     archive: Path
@@ -127,9 +128,9 @@ class Bench:
         archive: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Iterator["Run"]:
-        """`diffcolor run` in a session of its own; whatever is left of it is killed at the end.
+        """`diffcolor run` in its own session; whatever is left of it is killed at the end.
 
-        All its processes, Ray's too, are known by a variable in their environment: see `processes`.
+        A variable in the environment marks all its processes, Ray's too: see `processes`.
         """
         command = [sys.executable, "-m", "tests.faults.driver", "run", str(archive or self.archive), output]
         command += [
@@ -157,7 +158,7 @@ class Bench:
             process.wait()
 
     def reckon(self, output: str, injected: int, archive: Path | None = None) -> Reckoning:
-        """Resume without faults, then count. Of another archive than the bench's own, what both hold."""
+        """Resume without faults, then count. If another archive was used, only images of the bench's own count."""
         start = time.monotonic()
         with self.run(output, archive=archive) as run:
             code = run.wait()
@@ -183,7 +184,7 @@ class Bench:
 
 
 def outcome(store: Store) -> dict[tuple[str, str], str | None]:
-    """(image, variant) -> hash of its picture, None for the quarantined."""
+    """(image, variant) -> hash of its picture; None if it was quarantined."""
     rows = query(store, "select image_key, variant, status, output_sha256, output_uri from results").fetchall()
     for _, _, status, sha256, uri in rows:
         if status == "ok":
@@ -192,7 +193,7 @@ def outcome(store: Store) -> dict[tuple[str, str], str | None]:
 
 
 def committed(output: str) -> int:
-    """Rows that readers see now."""
+    """Number of rows that readers see now."""
     try:
         return int(query(Store(output), "select count(*) from attempts").fetchall()[0][0])
     except ManifestError:
@@ -200,7 +201,7 @@ def committed(output: str) -> int:
 
 
 def processes(mark: str, *words: str) -> list[psutil.Process]:
-    """What is alive of a run; with `words`, those whose command line holds one of them."""
+    """A run's living processes; with `words`, those whose command line has one of them."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -219,7 +220,7 @@ def _kill(targets: list[psutil.Process]) -> int:
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> bool:
-    """Whether the condition came to hold within so long."""
+    """Whether the condition became true in time."""
     deadline, pause = time.monotonic() + seconds, threading.Event()
     while time.monotonic() < deadline:
         if condition():

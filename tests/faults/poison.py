@@ -1,4 +1,4 @@
-"""A worker whose decoder meets images that hang it, crash it, or eat its memory."""
+"""A worker that three images hang, crash, or make run out of memory."""
 
 import faulthandler
 import resource
@@ -14,7 +14,7 @@ HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"
 
 
 class PoisonedWorker(ImageWorker):
-    """Does to three images by name what a broken decoder would do."""
+    """Does what a broken decoder would do, for three images by name."""
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         name = planned.work.image_key

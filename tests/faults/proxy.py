@@ -1,4 +1,4 @@
-"""A proxy on loopback before an S3 server that spoils a share of the calls."""
+"""A proxy on loopback in front of an S3 server. It spoils a share of the calls."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,14 @@ from aiohttp import web
 from yarl import URL
 
 KINDS = ("500", "503", "slow", "cut before", "cut after")
-"""500, 503: the store is not asked. slow: its answer comes late. cut before, after: the connection breaks, in the
-second case when the store has done what was asked and only its answer is lost."""
+"""500, 503: the answer, without asking the store. slow: a late answer. cut before, cut after: the connection breaks
+before the store hears of the call, or after it has done the work, so that only its answer is lost."""
 SLOW_SECONDS = 3.0
 _NOT_PASSED_ON = {"connection", "transfer-encoding", "expect", "keep-alive"}
 
 
 class FaultyProxy:
-    """Passes calls on to `upstream`, but for a share; `calls` counts all by method, `injected` the faults by kind."""
+    """Passes most calls on to `upstream`. `calls` counts all by method, `injected` the faults by kind."""
 
     def __init__(self, upstream: str, kinds: tuple[str, ...], share: float, rng: random.Random) -> None:
         self.upstream, self.kinds, self.share, self.rng = upstream, kinds, share, rng
@@ -81,7 +81,7 @@ class FaultyProxy:
 
 @contextlib.contextmanager
 def faulty_proxy(upstream: str, kinds: tuple[str, ...], share: float, rng: random.Random) -> Iterator[FaultyProxy]:
-    """The proxy, served from a thread of its own for the time of the context."""
+    """The proxy, served from its own thread for the time of the context."""
     proxy, loop, started, ended = (
         FaultyProxy(upstream, kinds, share, rng),
         asyncio.new_event_loop(),
