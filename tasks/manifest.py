@@ -29,9 +29,9 @@ SCHEMA_VERSION = 4
 MISSING_OUTPUT = "MissingOutputError"
 """Error class of the rows that `verify --repair` has queued again."""
 MEMORY_LIMIT = "1GB"
-"""Of DuckDB while it sorts a whole manifest; the rest goes to a temporary folder."""
+"""DuckDB's memory while it sorts a whole manifest; the rest goes to a temporary folder."""
 ROWS_PER_GROUP = 25_000
-"""Of the files that are written sorted: a reader of one image reads one such group."""
+"""The size of a row group in sorted files: who looks for one image reads one group."""
 
 
 class _Column(NamedTuple):
