@@ -1,7 +1,7 @@
 """Decodes picture files with limits, at the file's own depth.
 
 Pillow decodes samples of 8 bits. It would reduce, wrap or refuse deeper ones, so tifffile (TIFF) and imagecodecs
-(PNG, JPEG 2000) read those. Whatever a decoder raises, the caller sees `UnreadableImageError`.
+(PNG, JPEG 2000, AVIF) read those. Whatever a decoder raises, the caller sees `UnreadableImageError`.
 
 Which formats are read, and why others are not, is in docs/semantics.md.
 """
@@ -341,11 +341,13 @@ def _profile_of(info: dict[str | tuple[int, int], Any], gray: bool) -> bytes | N
 
 
 def _deep_samples(image: Image.Image, data: bytes) -> _Deep | None:
-    """The samples of an opened PNG, JPEG 2000 or PPM of more than 8 bits; None for anything else."""
+    """The samples of an opened PNG, JPEG 2000, AVIF or PPM of more than 8 bits; None for other files."""
     if image.format == "PNG" and data[24] == 16:  # IHDR: bit depth
         return _deep(imagecodecs.png_decode(data), 16)
     if image.format == "JPEG2000":
         return _deep_jpeg2000(image, data)
+    if image.format == "AVIF":
+        return _deep_avif(image, data)
     if image.format == "PPM" and image.mode in ("I", "F"):  # Pillow has scaled integers to 16 bits
         return _deep(np.asarray(image), 16 if image.mode == "I" else 32)
     return None
@@ -366,6 +368,18 @@ def _deep_jpeg2000(image: Image.Image, data: bytes) -> _Deep | None:
     if (x1 - x0, y1 - y0) != image.size:
         raise UnreadableImageError(f"JPEG 2000 of {x1 - x0} x {y1 - y0} pixels that states {image.size}: damaged")
     return _deep(imagecodecs.jpeg2k_decode(data), kinds.pop() + 1)
+
+
+def _deep_avif(image: Image.Image, data: bytes) -> _Deep | None:
+    depths = [data[at + 6] & 0x60 for at in _all(data, b"av1C") if at + 6 < len(data)]  # 0x40: over 8 bits, 0x20: 12
+    if not any(depths):
+        return None
+    if getattr(image, "n_frames", 1) > 1:  # imagecodecs 2026.3 corrupts memory when it reads one frame of several
+        raise UnreadableImageError("AVIF sequence of more than 8 bits: keep one picture, or convert it to TIFF")
+    samples = imagecodecs.avif_decode(data)
+    if samples.shape[:2] != (image.height, image.width):
+        raise UnreadableImageError(f"AVIF of {samples.shape} samples that states {image.size}: damaged")
+    return _deep(samples, 12 if max(depths) == 0x60 else 10) if samples.dtype == np.uint16 else None
 
 
 def _decode_deep_tiff(data: bytes) -> Decoded | None:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Reckoning:
-    """What became of an archive after faults and a resume.
+    """The state of an archive's output after faults and a resume.
 
     identical: every picture has the same bytes as in the undisturbed run. findings: what `verify` reports.
     litter: temporary files and processes that were left behind. seconds: the time of the resume.

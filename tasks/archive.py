@@ -26,9 +26,9 @@ RECOLOR_COLUMNS = ("image", "target_prompt")
 SIDECAR_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".md", ".xml", ".yaml", ".yml")
 """Tables and texts that lie beside images. Every other file of an archive counts as an image."""
 MAX_PROMPT_CHARACTERS = 4000
-"""Of one prompt; a text encoder reads about 300 characters at a time."""
+"""The longest prompt; a text encoder reads about 300 characters at a time."""
 MAX_EXTRA_CHARACTERS = 20_000
-"""Of a row's other columns together, as JSON: they are copied into every manifest row of the image."""
+"""The longest `CatalogRow.extra`, which is copied into every manifest row of the image."""
 
 _MISSPELT = 0.8
 """An unknown column at least this similar (difflib's ratio) to a missing optional one counts as a misspelling."""

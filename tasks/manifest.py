@@ -29,9 +29,9 @@ SCHEMA_VERSION = 4
 MISSING_OUTPUT = "MissingOutputError"
 """Error class of the rows that `verify --repair` has queued again."""
 MEMORY_LIMIT = "1GB"
-"""Of DuckDB while it sorts a whole manifest; the rest goes to a temporary folder."""
+"""DuckDB's memory while it sorts a whole manifest; the rest goes to a temporary folder."""
 ROWS_PER_GROUP = 25_000
-"""Of the files that are written sorted: a reader of one image reads one such group."""
+"""The size of a row group in sorted files: who looks for one image reads one group."""
 
 
 class _Column(NamedTuple):
@@ -47,11 +47,13 @@ _TIME = pa.timestamp("us", tz="UTC")
 _COLUMNS = (
     _Column("run_id", pa.string(), "The run that wrote the row.", nullable=False),
     _Column("image_key", pa.string(), "Path of the image below the archive.", nullable=False),
-    _Column("variant", pa.string(), "What was asked: kind and hash of the two prompts.", nullable=False),
+    _Column(
+        "variant", pa.string(), "Name of the picture asked for: its kind and a hash of both prompts.", nullable=False
+    ),
     _Column(
         "status", pa.string(), "ok, quarantined (the input is at fault) or failed (the machine is).", nullable=False
     ),
-    _Column("error_class", pa.string(), "Kind of the error; null if ok."),
+    _Column("error_class", pa.string(), "Class of the error; null if ok."),
     _Column("error_message", pa.string(), "The error in words; null if ok."),
     _Column("attempt", pa.int32(), "1 for the first try at this variant under this configuration.", nullable=False),
     _Column("input_uri", pa.string(), "Where the image was read."),
@@ -59,9 +61,9 @@ _COLUMNS = (
     _Column("input_sha256", pa.string(), "Hash of the image file's bytes; null if it was not read."),
     _Column("width_px", pa.int32(), "Upright width.", "px"),
     _Column("height_px", pa.int32(), "Upright height.", "px"),
-    _Column("bit_depth", pa.int32(), "Of the output, which is that of the input: 8 or 16.", "bit"),
+    _Column("bit_depth", pa.int32(), "Depth of the output, which equals the depth of the input: 8 or 16.", "bit"),
     _Column("input_mode", pa.string(), "Pixel layout as the decoder names it."),
-    _Column("pages_left_out", pa.int32(), "Pages of the file after the first, which is the one colorized."),
+    _Column("pages_left_out", pa.int32(), "Pages of the file that were not colorized: all after the first."),
     _Column("output_uri", pa.string(), "Where the colorized image is."),
     _Column("output_sha256", pa.string(), "Hash of the colorized image file's bytes."),
     _Column("access_uri", pa.string(), "Where the lossy access copy is; null if none was asked for."),
@@ -69,11 +71,11 @@ _COLUMNS = (
     _Column("context_prompt", pa.string(), "c: what is in the picture."),
     _Column("rewritten_prompt", pa.string(), "c': the context prompt with an identifier per noun phrase."),
     _Column("target_prompt", pa.string(), "The colours asked for; null for the primary."),
-    _Column("model_id", pa.string(), "Checkpoint.", nullable=False),
+    _Column("model_id", pa.string(), "Name of the checkpoint.", nullable=False),
     _Column("model_revision", pa.string(), "Its pinned commit, or the hash of a local folder.", nullable=False),
     _Column("config_sha256", pa.string(), "Hash of all that shapes the result besides the image.", nullable=False),
     _Column("seed", pa.int64(), "Seed of every random draw.", nullable=False),
-    _Column("alpha", pa.float64(), "Of equation (7); null for the primary."),
+    _Column("alpha", pa.float64(), "Interpolation weight of equation (7); null for the primary."),
     _Column(
         "alpha_scores",
         pa.list_(pa.struct([("alpha", pa.float64()), ("score", pa.float64())])),
@@ -92,25 +94,25 @@ _COLUMNS = (
                 ]
             )
         ),
-        "What became of each noun's colour word: agreement of hue (-1 to 1), and whether sRGB has it at that L*.",
+        "Each noun's colour word: agreement of hue (-1 to 1), and whether sRGB has the colour at the scan's L*.",
     ),
     _Column("colorfulness", pa.float64(), "Hasler and Suesstrunk 2003, 0..255 scale."),
     _Column("clip_similarity", pa.float64(), "Cosine of the guidance CLIP between the image and the prompt asked for."),
     _Column("mean_abs_delta_l", pa.float64(), "Mean |L* output - L* input| of the saved pixels.", "L*"),
-    _Column("p99_abs_delta_l", pa.float64(), "99th percentile of the same.", "L*"),
+    _Column("p99_abs_delta_l", pa.float64(), "99th percentile of |L* output - L* input|.", "L*"),
     _Column("stage1_seconds", pa.float64(), "Stage 1 of the fit, shared by the image's variants.", "s"),
     _Column("stage2_seconds", pa.float64(), "Stage 2 of the fit, shared by the image's variants.", "s"),
     _Column("sampling_seconds", pa.float64(), "Sampling and alignment of this variant.", "s"),
     _Column("total_seconds", pa.float64(), "The fit and this variant, with assembly, metrics and writing.", "s"),
-    _Column("device_name", pa.string(), "GPU or processor."),
+    _Column("device_name", pa.string(), "Name of the GPU, or the processor."),
     _Column(
         "peak_memory_bytes", pa.int64(), "Peak GPU memory; on a CPU, the actor's peak resident memory so far.", "B"
     ),
-    _Column("node", pa.string(), "Host name."),
+    _Column("node", pa.string(), "Host name of the machine."),
     _Column("started_at", _TIME, "When work on the image began.", nullable=False),
     _Column("finished_at", _TIME, "When the variant was done.", nullable=False),
-    _Column("software_version", pa.string(), "Of DiffColor Archive.", nullable=False),
-    _Column("generation", pa.int64(), "Number of the run on this output: later runs' rows count.", since=2),
+    _Column("software_version", pa.string(), "Version of DiffColor Archive.", nullable=False),
+    _Column("generation", pa.int64(), "Number of the run on this output; the latest run's row counts.", since=2),
     _Column("output_bytes", pa.int64(), "Size of the colorized image file.", "B", since=2),
     _Column("fit_uri", pa.string(), "Where the fit is kept; null if it is not.", since=2),
     _Column("fit_bytes", pa.int64(), "Size of the kept fit.", "B", since=2),

@@ -358,6 +358,7 @@ def test_what_is_no_picture_says_why(data, reason):
             twelve_bit_tiff(RAMP16 >> 4, 0),
             with_profile(RAMP16, LINEAR_GRAY),
             imagecodecs.jpeg2k_encode(TONED16, level=0),
+            imagecodecs.avif_encode(TONED16 >> 4, level=90, bitspersample=12),
         ]
     ),
     st.binary(max_size=300),
@@ -407,11 +408,21 @@ def test_an_avif_is_turned_upright_and_keeps_its_metadata():
     assert b"A. Photographer" in scan.metadata.exif
 
 
-def test_an_avif_of_more_bits_is_scaled_to_eight():
-    data = imagecodecs.avif_encode(np.stack((RAMP16 >> 6,) * 3, -1), level=100, bitspersample=10)
-    scan = read_scan(data)
-    assert scan.bit_depth == 8
-    torch.testing.assert_close(scan.lightness, l_star_of(RAMP8, 255), atol=0.6, rtol=0)
+@pytest.mark.parametrize("bits", [10, 12])
+@pytest.mark.parametrize("samples", [RAMP16, TONED16], ids=["gray", "rgb"])
+def test_a_deep_avif_keeps_its_depth(bits, samples):
+    deep = samples >> (16 - bits)
+    scan = read_scan(imagecodecs.avif_encode(deep, level=100, bitspersample=bits))
+    assert scan.bit_depth == 16
+    torch.testing.assert_close(scan.lightness, l_star_of(deep, 2**bits - 1), atol=2e-3, rtol=0)
+
+
+def test_a_deep_avif_sequence_is_refused():
+    frames = [Image.fromarray(RAMP8), Image.fromarray(RAMP8[::-1].copy())]
+    data = bytearray(encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:]))
+    data[data.index(b"av1C") + 6] |= 0x40  # claims 10 bits
+    with pytest.raises(UnreadableImageError):
+        read_scan(bytes(data))
 
 
 def test_of_an_avif_sequence_the_first_frame_is_read():

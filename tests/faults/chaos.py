@@ -1,9 +1,8 @@
-"""`make chaos`: every fault again and again, on a local disk and on an S3 server, and a table of what it did.
+"""`make chaos`: injects every fault again and again, on a local disk and on an S3 server, and prints a table.
 
 python -m tests.faults.chaos --rounds 10 [--only "Ctrl-C"]
 
-With --json the record of each fault is put into the file as soon as it is there, beside those of other
-calls: a long series can be done in pieces.
+With --json each fault's record is added to the file as soon as it is there, so a long series can be done in pieces.
 """
 
 import json
@@ -28,13 +27,13 @@ from tests.faults.faults import FAULTS, LOCAL, S3, Fault, NotHereError
 
 def main(
     rounds: Annotated[int, typer.Option(help="Injections of each kind.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the random moments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random moments.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Only this fault; repeat it.")] = None,
     store: Annotated[list[str] | None, typer.Option(help="Only on this store, local or s3.")] = None,
     images: Annotated[int, typer.Option(help="Good images in the archive.")] = NUM_IMAGES,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Put the records here, beside others.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Add the records to this file.")] = None,
 ) -> None:
-    """Exit 1 if anything was lost, done twice, changed or left behind."""
+    """Inject faults and count. Exit code 1 if anything was lost, done twice, changed or left behind."""
     records: list[dict[str, Any]] = []
     how = {"images": images, "rounds": rounds, "seed": seed}
     with tempfile.TemporaryDirectory() as temporary:
@@ -61,7 +60,7 @@ def main(
 
 
 def outputs_on(kind: str, folder: Path) -> dict[str, Any]:
-    """Where a bench's outputs go, with the variables that reach them. Raises NoServerError."""
+    """Where a bench writes, and the environment variables that it needs for that. Raises NoServerError."""
     if kind == LOCAL:
         return {}
     environment = start(folder / "server", free_port())
@@ -71,7 +70,7 @@ def outputs_on(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def attempt(inject: Fault, bench: Bench, output: str, rounds: int, seed: int) -> dict[str, Any]:
-    """The reckoning of one fault as a record; what was not as it must be under "error"."""
+    """The reckoning of one fault as a record, with an "error" if anything is wrong."""
     try:
         reckoning = inject(bench, output, rounds, random.Random(seed))
     except NotHereError as reason:
@@ -87,7 +86,7 @@ def attempt(inject: Fault, bench: Bench, output: str, rounds: int, seed: int) ->
 
 
 def table_of(records: list[dict[str, Any]]) -> Table:
-    """For people."""
+    """The records as a table."""
     table = Table("fault", "store", "injected", "lost", "doubled", "same bytes", "left behind", "resumed in", "")
     for r in records:
         remark = str(r.get("error", r.get("not_here", "")))[:60]

@@ -1,4 +1,4 @@
-"""The faults: each is injected into runs over an archive of its own output, then the archive is resumed and counted."""
+"""The faults. Each one is injected into runs over an archive, which is then resumed without faults and counted."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tasks.storage import Store
 Fault = Callable[[Bench, str, int, random.Random], Reckoning]
 LOCAL, S3 = "local", "s3"
 FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {}
-"""By name: how it is injected, and into runs on which stores."""
+"""By name: the function that injects it, and the stores on which it does."""
 
 
 class NotHereError(RuntimeError):
@@ -42,7 +42,7 @@ def _working(run: Run) -> list[psutil.Process]:
 
 
 def _disturbed(bench: Bench, output: str, rounds: int, disturb: Callable[[Run], None]) -> Reckoning:
-    """Up to `rounds` runs, each disturbed while an image is being worked on; then the reckoning."""
+    """Disturb up to `rounds` runs, each while an image is being worked on; then the reckoning."""
     injected = 0
     for _ in range(rounds):
         with bench.run(output) as run:
@@ -55,7 +55,7 @@ def _disturbed(bench: Bench, output: str, rounds: int, disturb: Callable[[Run], 
 
 @fault("SIGKILL of the actor, mid-image")
 def kill_actor(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    """Fewer than three times for any one image: a third death is the image's own fault."""
+    """At most twice for any one image: at a third death the image would be quarantined."""
     injected = 0
     with bench.run(output) as run:
         while injected < rounds and run.process.poll() is None:
@@ -70,13 +70,13 @@ def kill_actor(bench: Bench, output: str, rounds: int, rng: random.Random) -> Re
 
 @fault("SIGKILL of the whole run at a random moment")
 def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    """To its process group, of which Ray is no part: it must notice, and end by itself."""
+    """Kills its process group. Ray is not part of it, and must notice and end by itself."""
     injected = 0
     for _ in range(rounds):
         with bench.run(output) as run:
             try:
                 run.wait(rng.uniform(3, 45))
-                break  # it came to its end: there is nothing left to disturb
+                break  # the run has ended: there is nothing left to disturb
             except subprocess.TimeoutExpired:
                 os.killpg(run.process.pid, signal.SIGKILL)
                 injected += 1
@@ -85,7 +85,7 @@ def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reck
 
 
 def _assert_no_actors(run: Run) -> None:
-    """Nor Ray's processes, nor Prefect's server."""
+    """No actor, Ray process or Prefect server is left."""
     gone = wait_until(lambda: not run.processes("ray::", "raylet", "local_prefect"), 60)
     assert gone, "actors or servers outlive their flow"
 
@@ -131,7 +131,7 @@ def _signalled(
 
 @fault("Ctrl-C")
 def interrupt(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    """To its process group, as a terminal sends it."""
+    """Sent to its process group, as a terminal does."""
     return _signalled(bench, output, rounds, signal.SIGINT, os.killpg)
 
 
@@ -152,7 +152,7 @@ def race(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckonin
 
 
 def _repaired(bench: Bench, output: str, rounds: int, damage: Callable[[Store, list[str]], None]) -> Reckoning:
-    """Damage to a finished output, found and mended by `verify --repair` and a run."""
+    """Damage a finished output; `verify --repair` and a run must find and mend it."""
     from tasks.verify import repair, verify
 
     store = Store(output)
@@ -166,7 +166,7 @@ def _repaired(bench: Bench, output: str, rounds: int, damage: Callable[[Store, l
         with bench.run(output) as run:
             run.wait()
     reckoning = bench.reckon(output, rounds)
-    reckoning.doubled = 0  # what was lost is rightly done, and written, a second time
+    reckoning.doubled = 0  # work that was lost is done twice on purpose
     return reckoning
 
 
@@ -200,7 +200,7 @@ def truncate_part(bench: Bench, output: str, rounds: int, rng: random.Random) ->
 
 @fault("disk full", LOCAL)
 def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    """A file system of so little space that the run fails; then room is made. Needs the right to mount."""
+    """A file system too small for the run, which fails; then it grows. Needs the right to mount."""
     if os.geteuid() != 0:
         raise NotHereError("only root may mount a small file system")
     Path(output).mkdir(parents=True)
@@ -220,7 +220,7 @@ def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Rec
 
 @fault("images that hang, crash or fill the memory")
 def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    """Three among the good ones, once: of two the actor dies at each attempt, the third's memory runs out twice."""
+    """Three bad images among good ones: two kill their actor at each attempt, the third runs out of memory twice."""
     archive = bench.folder / f"poisoned-{Path(output).name}"
     shutil.copytree(bench.archive, archive)
     with (archive / "catalog.csv").open("a") as catalog:
@@ -242,10 +242,10 @@ def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckon
 
 @fault("clock jumps")
 def clock_jumps(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
-    """Killed runs whose clock goes a day before, then an hour behind; the last goes right. Needs Debian's faketime.
+    """Runs whose clock is a day fast, then an hour slow, are killed; the last has the right time. Needs faketime.
 
-    On S3 ten minutes: it refuses requests whose clock is a quarter of an hour wrong. Not in the middle of a run:
-    Ray waits for moments of the real clock, and would wait for a day.
+    On S3 it is ten minutes, because S3 refuses requests that are 15 minutes off. The clock does not jump during a
+    run: Ray waits for moments of the real clock, and would wait for a day.
     """
     library = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
     if not library.exists():
@@ -261,7 +261,7 @@ def clock_jumps(bench: Bench, output: str, rounds: int, rng: random.Random) -> R
 
 
 def _spoiling(kind: str) -> Fault:
-    """Runs through a proxy that spoils a tenth of the calls to the store."""
+    """Run through a proxy that spoils a tenth of the calls to the store."""
 
     def inject(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
         with faulty_proxy(bench.environment["AWS_ENDPOINT_URL"], (kind,), 0.1, rng) as proxy:

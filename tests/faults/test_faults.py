@@ -1,4 +1,4 @@
-"""One round of the faults that say most; `make chaos` has all of them, again and again."""
+"""One round of the most telling faults; `make chaos` injects all of them again and again."""
 
 import random
 

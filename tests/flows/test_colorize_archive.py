@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from prefect.client.orchestration import get_client
@@ -64,7 +65,8 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
     assert sum("/target-" in f for f in pictures) == 3
     assert sum("/primary-" in f for f in pictures) == 3
     assert sum(f.startswith("fits/") for f in found) == 2 * 3
-    assert len(found) == num_shards + 2 + 6 + 6
+    assert len(found) == num_shards + 2 + 6 + 6 + 1  # and results.parquet
+    assert pq.read_table(output / "results.parquet").num_rows == 5
 
     for key, uri, sha256, primary, p99 in ask(
         output,
@@ -88,8 +90,10 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
     assert empty == [(0,)]
 
     # the same again: nothing is done, nothing is written
+    published = (output / "results.parquet").stat().st_mtime_ns
     assert colorize_archive(**arguments) == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 5}
     assert files(output) == found
+    assert (output / "results.parquet").stat().st_mtime_ns == published
 
     # one more prompt: that alone
     with (small_archive / "catalog.csv").open("a") as file:
@@ -120,7 +124,7 @@ def test_a_renamed_or_touched_image_is_not_coloured_again(small_archive, tiny_fo
     catalog.write_text(catalog.read_text().replace("scan 1.png", "renamed.png"))
     assert colorize_archive(**arguments) == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 2}
     made = {f for f in files(output) if before.get(f) != (output / f).stat().st_mtime_ns}
-    assert {f.split("/")[0] for f in made} == {"manifest", "runs"}
+    assert {f.split("/")[0] for f in made} == {"manifest", "runs", "results.parquet"}
     rows = ask(
         output,
         """select image_key, adopted_from, generation, output_sha256 = (

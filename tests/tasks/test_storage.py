@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tasks import storage
 from tasks.errors import InvalidKeyError, NoConditionalPutError, OversizeError, UnsafeFileError
+from tasks.lease import hold_output
 from tasks.storage import Store
 
 
@@ -83,6 +84,8 @@ def test_the_probe_tells_who_has_conditional_puts(overwriting):
 def test_a_store_without_conditional_puts_is_refused_before_anything_is_written(overwriting):
     with pytest.raises(NoConditionalPutError, match="'overwriting://archive' ignores .*AWS S3"):
         overwriting.create("part", b"")
+    with pytest.raises(NoConditionalPutError), hold_output(overwriting, {}):
+        pass
     assert overwriting.list() == []
 
 
