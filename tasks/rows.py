@@ -5,6 +5,7 @@ from typing import Any
 
 from diffcolor_core import __version__
 from tasks.records import PlannedImage, RunConfig
+from tasks.storage import joined
 
 Row = dict[str, Any]
 
@@ -18,7 +19,7 @@ def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
         "image_key": work.image_key,
         "variant": variant.name,
         "attempt": planned.attempts[index],
-        "input_uri": f"{config.options.archive.rstrip('/')}/{work.image_key}",
+        "input_uri": joined(config.options.archive, work.image_key),
         "input_version": work.version,
         "context_prompt": work.context_prompt,
         "target_prompt": variant.target_prompt,
