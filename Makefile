@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= out/demo
 MODEL ?= demo
+DATA ?= ../shared/data/photos
 RESULTS := benchmarks/results
 # Long spin-waits starve other processes; none at all slows each step (torch, where it uses GNU OpenMP).
 export GOMP_SPINCOUNT ?= 20000
@@ -52,8 +53,8 @@ study: setup  ## Measure the method against its rivals and ablations, then make 
 docs: setup  ## Make docs/results.md and its plots from benchmarks/results.
 	$(BIN)/python -m benchmarks.report
 
-train: setup  ## Train a bundled model into out/MODEL-model (MODEL=demo); 2 hours, resumes.
-	$(BIN)/python -m diffcolor_training.$(MODEL) --out out/$(MODEL)-model
+train: setup  ## Train a model into out/MODEL-model (MODEL=demo or photo, of DATA); hours, resumes.
+	$(BIN)/python -m diffcolor_training.$(MODEL) --out out/$(MODEL)-model $(if $(filter photo,$(MODEL)),--data $(DATA))
 
 chaos: setup  ## Inject faults into real runs, on a local disk and on S3; 2 hours.
 	$(BIN)/python -m tests.faults.chaos --rounds 3 --json $(RESULTS)/chaos.json
