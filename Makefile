@@ -50,8 +50,9 @@ study: setup  ## Measure the method against its rivals and ablations, then make 
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.report
 
-docs: setup  ## Make docs/results.md and its plots from benchmarks/results.
+docs: setup  ## Make docs/results.md, its plots and docs/options.md from what they show.
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m flows.cli.options_table
 
 train: setup  ## Train a model into out/MODEL-model (MODEL=demo or photo, of DATA); hours, resumes.
 	$(BIN)/python -m diffcolor_training.$(MODEL) --out out/$(MODEL)-model $(if $(filter photo,$(MODEL)),--data $(DATA))

@@ -40,7 +40,7 @@ def colorize(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results. It is made if need be.")],
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Colours to give: 'a *red* ball and a *blue* box ...'. Repeat it: one fit serves all."),
+        typer.Option(help="Colours to give: 'a *red* ball and a *blue* box ...'. Repeatable: one fit serves all."),
     ] = None,
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
@@ -122,7 +122,8 @@ def run(
         str | None, typer.Argument(metavar="ARCHIVE", help="Folder or URL of the scans.", show_default=False)
     ] = None,
     destination: Annotated[
-        str | None, typer.Argument(metavar="OUTPUT", help="The same as -o.", show_default=False)
+        str | None,
+        typer.Argument(metavar="OUTPUT", help="Folder or URL for the results; the same as -o.", show_default=False),
     ] = None,
     output: Annotated[str | None, flag("output")] = None,
     **flags: Any,

@@ -45,7 +45,7 @@ def flag(name: str, *, of: type[BaseModel] = RunOptions, panel: str | None = Non
     field = of.model_fields[name]
     _, minimum = type_of(field)
     metavar = "PATH=VALUE" if name == "overrides" else None
-    more = " Repeat it." if name == "overrides" else ""
+    more = " Repeatable." if name == "overrides" else ""
     return typer.Option(
         *flags_of(name, field),
         help=in_one_line(field) + more,
