@@ -86,11 +86,14 @@ def measure(num_nodes: int, num_images: int, num_losses: int) -> dict[str, Any]:
             colorize_archive,
             archive=f"{folder}/archive",
             output=f"{folder}/out",
-            ray_address=fleet.cluster.address,
-            num_actors=GPUS_PER_NODE * num_nodes,
-            gpus_per_actor=1,
-            shard_size=8,
-            max_attempts=1,  # an image blamed for the loss of its node is quarantined
+            options={
+                "device": "cuda",
+                "ray_address": fleet.cluster.address,
+                "num_actors": GPUS_PER_NODE * num_nodes,
+                "gpus_per_actor": 1,
+                "shard_size": 8,
+                "max_attempts": 1,  # an image blamed for the loss of its node is quarantined
+            },
         )
         for _ in range(num_nodes):
             fleet.join()

@@ -4,7 +4,7 @@ import hashlib
 import time
 from datetime import UTC, datetime
 
-from tasks.planning import PlannedImage, RunConfig
+from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row
 from tasks.storage import Store
 
@@ -16,7 +16,7 @@ class FleetWorker:
     """Replaces `tasks.colorize.ImageWorker`."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
-        self.config, self.output = config, Store(config.output)
+        self.config, self.output = config, Store(config.options.output)
 
     def ready(self) -> str:
         """The Ray node's id."""

@@ -54,7 +54,9 @@ def measure(num_images: int, seconds: float, num_actors: int, shard_size: int) -
         make_archive(Path(folder, "archive"), num_images)
         start = time.perf_counter()
         summary = colorize_archive(
-            archive=f"{folder}/archive", output=f"{folder}/out", num_actors=num_actors, shard_size=shard_size
+            archive=f"{folder}/archive",
+            output=f"{folder}/out",
+            options={"num_actors": num_actors, "shard_size": shard_size},
         )
         wall = time.perf_counter() - start
         assert summary["ok"] == num_images, summary

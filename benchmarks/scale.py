@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 
@@ -21,7 +22,9 @@ from diffcolor_core import preset
 from support.record import record
 from tasks.archive import read_catalog
 from tasks.manifest import commit_part, compact, query
-from tasks.planning import RunConfig, open_plan
+from tasks.options import RunOptions
+from tasks.planning import open_plan
+from tasks.records import RunConfig
 from tasks.storage import Store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -60,12 +63,16 @@ def planned(rows: int) -> dict[str, float]:
         archive = MadeUpStore(folder)
         archive.__dict__["num_files"] = rows
         config = RunConfig(
-            **{"run_id": "r", "archive": folder, "output": folder, "model": "demo", "model_id": "demo"},
-            **{"model_revision": "1", "preset": "demo", "settings": preset("demo"), "seed": 0, "device": "cpu"},
+            options=RunOptions(archive=folder, output=f"{folder}/out"),
+            **{"run_id": "r", "model_id": "demo", "model_revision": "1", "settings": preset("demo")},
         )
         before = peak_bytes()
         start = time.perf_counter()
-        with open_plan(archive, Store(f"{folder}/out"), config, read_catalog(archive, str(catalog))) as made:
+        with (
+            patch("tasks.planning.Store", lambda url: archive if url == folder else Store(url)),
+            open_plan(read_catalog(archive, str(catalog))) as made,
+        ):
+            made.fill(config)
             plan_seconds = time.perf_counter() - start
             images = sum(len(shard.images) for shard in made.shards(256))
         assert images == rows

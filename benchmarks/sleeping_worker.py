@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffcolor_core import DiffColor, Scan
 from tasks.colorize import ImageWorker
-from tasks.planning import PlannedImage, RunConfig
+from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row
 
 SECONDS = "DIFFCOLOR_SLEEP_SECONDS"

@@ -7,7 +7,7 @@ import threading
 import psutil
 
 from tasks.colorize import ImageWorker
-from tasks.planning import PlannedImage
+from tasks.records import PlannedImage
 from tasks.rows import Row
 
 HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"

@@ -9,12 +9,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from flows.cli.common import (
+    DeviceOption,
     ModelOption,
     PresetOption,
     SeedOption,
     SetOption,
     app,
     console,
+    device_of,
     errors,
     fail,
     overrides_of,
@@ -36,7 +38,7 @@ def study(
     model: ModelOption = "demo",
     preset: PresetOption = "demo",
     set_: SetOption = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")] = "cpu",
+    device: DeviceOption = "auto",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -91,9 +93,9 @@ def study(
             raise ValueError("--perceptual compares photographs: give --photos")
         networks = Perceptual.load() if perceptual else None
         settings = settings_preset(preset, overrides_of(set_))
-        checkpoint = load_checkpoint(model, device=device)
+        checkpoint = load_checkpoint(model, device=device_of(device))
         judge = judge or (str(DEMO_JUDGE) if model == "demo" else None)
-        judging = None if judge is None else load_checkpoint(model, clip=judge, device=device)
+        judging = None if judge is None else load_checkpoint(model, clip=judge, device=device_of(device))
         with tempfile.TemporaryDirectory() as temporary, Progress(*columns, TimeElapsedColumn(), console=errors) as bar:
             line = bar.add_task("study", total=num * len(methods))
 

@@ -1,0 +1,31 @@
+"""The benchmarks follow the code that they measure: the quickest one is run, the others are at least imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_plan_is_measured(tmp_path):
+    run("-m", "benchmarks.scale", "plan", "--rows", "500", "--json", str(tmp_path / "scale.json"))
+    figures = json.loads((tmp_path / "scale.json").read_text())["planning"]["figures"]
+    assert [figure["rows"] for figure in figures] == [50, 500]
+
+
+@pytest.mark.parametrize("name", ["costs", "drift", "fleet", "pipeline", "quality", "s3"])
+def test_the_others_explain_themselves(name):
+    assert "Usage" in run("-m", f"benchmarks.{name}", "--help")
+
+
+def test_the_workers_of_the_benchmarks_load():
+    run("-c", "import benchmarks.fleet_worker, benchmarks.sleeping_worker, support.poison")
