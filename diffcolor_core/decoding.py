@@ -9,6 +9,7 @@ Which formats are read, and why others are not, is in docs/semantics.md.
 import io
 import logging
 import math
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from diffcolor_core.errors import UnreadableImageError
 
@@ -79,60 +80,37 @@ def _decode(data: bytes) -> Decoded:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged metadata does not make a picture unreadable
+        tiff = _open_tiff(data)
+        if tiff is not None and _is_deep(tiff):
+            return _decode_deep_tiff(data, tiff)
         if data[:4] == b"8BPS":
             _check_psd(data)
-        deep_tiff = _decode_deep_tiff(data)
-        if deep_tiff is not None:
-            return deep_tiff
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height)
             if not isinstance(image.info.get("xmp", b""), bytes):  # a TIFF's tag 700 of another type: not XMP
                 del image.info["xmp"]
-            _check_depth(image, data)
             deep = _deep_samples(image, data)
             if deep is None:
                 image.load()
             if image.format == "PSD":
                 _read_psd_resources(image)
-            mode = image.mode if deep is None else deep.name
-            num_pages = _num_pages(image, data)
+            num_pages = _num_pages(image, data, tiff)
             exif = _exif(image)  # after loading: reading EXIF can hide a broken end
             xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
             metadata = _metadata(exif, xmp, image.info.get("dpi"))
-            if deep is None:
-                picture = _without_selection(image, data) if image.format == "PSD" else image
-                return Decoded(_eight_bit(picture), 255, mode, metadata, num_pages)
-            samples = _sixteen_bit(deep, _profile_of(image.info, deep.num_colors == 1))
-            return Decoded(_upright(samples, exif), 65535, mode, metadata, num_pages)
+            if deep is not None:
+                samples = _sixteen_bit(deep, _profile_of(image.info, deep.num_colors == 1))
+                return Decoded(_upright(samples, exif), 65535, deep.name, metadata, num_pages)
+            picture = _without_selection(image, data) if image.format == "PSD" else image
+            return Decoded(_upright(_eight_bit(picture), exif), 255, image.mode, metadata, num_pages)
 
 
 def _check_size(width_px: int, height_px: int) -> None:
+    size = f"{width_px} x {height_px} pixels exceed the limit of"
     if width_px * height_px > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{width_px} x {height_px} pixels exceed the limit of {MAX_PIXELS}: a decompression bomb?"
-        )
+        raise UnreadableImageError(f"{size} {MAX_PIXELS}: a decompression bomb?")
     if max(width_px, height_px) > MAX_SIDE_PX:
-        raise UnreadableImageError(
-            f"{width_px} x {height_px} pixels exceed the limit of {MAX_SIDE_PX} a side: cut it into parts"
-        )
-
-
-def _check_depth(image: Image.Image, data: bytes) -> None:
-    """Refuse samples that Pillow would reduce to 8 bits with a loss that nobody expects."""
-    if image.format == "SGI" and data[3] != 1:
-        raise UnreadableImageError("SGI of more than 8 bits: convert it to TIFF or PNG")
-    if image.format == "AVIF" and any(
-        data[at + 10 : at + 12] in (b"\0\x10", b"\0\x12") for at in _all(data, b"colrnclx")
-    ):
-        raise UnreadableImageError("AVIF with high dynamic range (PQ or HLG): convert it to sRGB")
-
-
-def _all(data: bytes, word: bytes) -> Iterator[int]:
-    """Every place of `word` in `data`."""
-    at = data.find(word)
-    while at >= 0:
-        yield at
-        at = data.find(word, at + 1)
+        raise UnreadableImageError(f"{size} {MAX_SIDE_PX} a side: cut it into parts")
 
 
 # ------------------------------------------------------------------ Photoshop
@@ -180,14 +158,32 @@ def _without_selection(image: Image.Image, data: bytes) -> Image.Image:
 # ------------------------------------------------------------------ pages
 
 
-def _num_pages(image: Image.Image, data: bytes) -> int:
+def _num_pages(image: Image.Image, data: bytes, tiff: tifffile.TiffFile | None) -> int:
+    """How many pages or frames an opened file has. A damaged list of them counts as one: the first may be whole."""
+    if image.format == "PSD":  # its frames are the layers of the one picture
+        return 1
+    if image.format == "TIFF":  # Pillow takes quadratic time
+        return 1 if tiff is None else _num_tiff_pages(data, tiff)
     try:
-        if image.format == "PSD":  # its frames are the layers of the one picture
-            return 1
-        number = _num_tiff_pages(data) if image.format == "TIFF" else int(getattr(image, "n_frames", 1))
-    except Exception:  # a damaged list of pages: the first one may be whole
+        number = int(getattr(image, "n_frames", 1))
+    except Exception:
         return 1
     return _check_pages(number)
+
+
+def _num_tiff_pages(data: bytes, tiff: tifffile.TiffFile) -> int:
+    """How many pages a TIFF lists. They are counted to one past the limit."""
+    layout, offset = tiff.tiff, tiff.pages.first.offset
+    seen: set[int] = set()  # a damaged list may form a circle
+    while offset and offset not in seen and len(seen) <= MAX_PAGES:
+        try:
+            (num_tags,) = struct.unpack_from(layout.tagnoformat, data, offset)
+            seen.add(offset)
+            after = offset + layout.tagnosize + num_tags * layout.tagsize
+            (offset,) = struct.unpack_from(layout.offsetformat, data, after)
+        except struct.error:  # the list leaves the file
+            break
+    return _check_pages(len(seen))
 
 
 def _check_pages(number: int) -> int:
@@ -196,24 +192,6 @@ def _check_pages(number: int) -> int:
             f"more than {MAX_PAGES} frames or pages, the limit for one file: split it, or keep only its first page"
         )
     return number
-
-
-def _num_tiff_pages(data: bytes) -> int:
-    """How many pages a TIFF lists, counted to one past `MAX_PAGES`. (Pillow takes quadratic time.)"""
-    order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    count_format, entry_bytes, offset_format = (f"{order}Q", 20, f"{order}Q") if big else (f"{order}H", 12, f"{order}I")
-    (offset,) = struct.unpack_from(offset_format, data, 8 if big else 4)
-    seen: set[int] = set()  # a damaged list may form a circle
-    while offset and offset not in seen and len(seen) <= MAX_PAGES:
-        try:
-            (num_entries,) = struct.unpack_from(count_format, data, offset)
-            after = offset + struct.calcsize(count_format) + num_entries * entry_bytes
-            seen.add(offset)
-            (offset,) = struct.unpack_from(offset_format, data, after)
-        except struct.error:  # the list leaves the file
-            break
-    return len(seen)
 
 
 # ------------------------------------------------------------------ metadata
@@ -311,22 +289,20 @@ def _sixteen_bit(deep: _Deep, profile: bytes | None) -> np.ndarray:
 
 
 def _to_srgb(color: np.ndarray, profile: bytes) -> np.ndarray:
-    """Gray or RGB in [0, 1] to sRGB. A profile that does not fit the picture is ignored.
+    """Gray, RGB or CMYK to sRGB, either uint8 or in [0, 1]. A profile that does not fit the picture is ignored.
 
-    This is done in floating point: littleCMS's 16-bit tables are 14 L* off in the shadows of a linear profile.
+    Deep samples are converted in floating point: littleCMS's 16-bit tables are 14 L* off in the shadows of a linear
+    profile.
     """
-    gray = color.shape[-1] == 1
+    space = {1: "gray", 3: "rgb", 4: "cmyk"}[color.shape[-1]]
+    values = color[..., 0] if space == "gray" else color
     try:
         srgb = imagecodecs.cms_transform(
-            color[..., 0] if gray else color,
-            profile,
-            imagecodecs.cms_profile("srgb"),
-            colorspace="gray" if gray else "rgb",
-            outcolorspace="rgb",
+            values, profile, imagecodecs.cms_profile("srgb"), colorspace=space, outcolorspace="rgb"
         )
     except (imagecodecs.CmsError, ValueError):
         return color
-    return srgb.clip(0, 1)
+    return srgb if srgb.dtype == np.uint8 else srgb.clip(0, 1)
 
 
 def _profile_of(info: dict[str | tuple[int, int], Any], gray: bool) -> bytes | None:
@@ -341,7 +317,12 @@ def _profile_of(info: dict[str | tuple[int, int], Any], gray: bool) -> bytes | N
 
 
 def _deep_samples(image: Image.Image, data: bytes) -> _Deep | None:
-    """The samples of an opened PNG, JPEG 2000, AVIF or PPM of more than 8 bits; None for other files."""
+    """The samples of an opened PNG, JPEG 2000, AVIF or PPM of more than 8 bits; None for other files.
+
+    Refuses what Pillow would reduce to 8 bits with a loss that nobody expects.
+    """
+    if image.format == "SGI" and data[3] != 1:
+        raise UnreadableImageError("SGI of more than 8 bits: convert it to TIFF or PNG")
     if image.format == "PNG" and data[24] == 16:  # IHDR: bit depth
         return _deep(imagecodecs.png_decode(data), 16)
     if image.format == "JPEG2000":
@@ -371,7 +352,9 @@ def _deep_jpeg2000(image: Image.Image, data: bytes) -> _Deep | None:
 
 
 def _deep_avif(image: Image.Image, data: bytes) -> _Deep | None:
-    depths = [data[at + 6] & 0x60 for at in _all(data, b"av1C") if at + 6 < len(data)]  # 0x40: over 8 bits, 0x20: 12
+    if re.search(rb"colrnclx..\0[\x10\x12]", data, re.DOTALL):  # the transfer function, in its colour box
+        raise UnreadableImageError("AVIF with high dynamic range (PQ or HLG): convert it to sRGB")
+    depths = [flags[0] & 0x60 for flags in re.findall(rb"av1C..(.)", data, re.DOTALL)]  # 0x40: over 8 bits, 0x20: 12
     if not any(depths):
         return None
     if getattr(image, "n_frames", 1) > 1:  # imagecodecs 2026.3 corrupts memory when it reads one frame of several
@@ -382,23 +365,29 @@ def _deep_avif(image: Image.Image, data: bytes) -> _Deep | None:
     return _deep(samples, 12 if max(depths) == 0x60 else 10) if samples.dtype == np.uint16 else None
 
 
-def _decode_deep_tiff(data: bytes) -> Decoded | None:
-    """A gray or RGB TIFF that has more than 8 bits or samples other than unsigned integers; None for other files."""
+def _open_tiff(data: bytes) -> tifffile.TiffFile | None:
+    """A TIFF whose first page can be read; None for other files, of which Pillow gives the reason."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     try:
-        file = tifffile.TiffFile(io.BytesIO(data))
-        page = file.pages[0]
-    except Exception:  # Pillow gives the reason
+        tiff = tifffile.TiffFile(io.BytesIO(data))
+        assert isinstance(tiff.pages[0], tifffile.TiffPage)
+    except Exception:
         return None
-    assert isinstance(page, tifffile.TiffPage)
-    if page.photometric not in (0, 1, 2) or (page.bitspersample <= 8 and page.sampleformat in _UNSIGNED):
-        return None
-    _check_size(
-        int(page.imagewidth), int(page.imagelength)
-    )  # a damaged tag may be a tuple of millions, which int refuses
-    num_pages = _check_pages(_num_tiff_pages(data))
-    exif = _tiff_exif(data, file, page)
+    return tiff
+
+
+def _is_deep(tiff: tifffile.TiffFile) -> bool:
+    """Whether a TIFF is gray or RGB with more than 8 bits, or with samples other than unsigned integers."""
+    page = tiff.pages.first
+    return page.photometric in (0, 1, 2) and (page.bitspersample > 8 or page.sampleformat not in _UNSIGNED)
+
+
+def _decode_deep_tiff(data: bytes, tiff: tifffile.TiffFile) -> Decoded:
+    page = tiff.pages.first
+    _check_size(int(page.imagewidth), int(page.imagelength))  # int: a damaged tag may be a tuple of millions
+    num_pages = _num_tiff_pages(data, tiff)
+    exif = _tiff_exif(data, tiff, page)
     deep = _tiff_samples(page)
     samples = _upright(_sixteen_bit(deep, page.iccprofile), exif)
     return Decoded(samples, 65535, deep.name, _metadata(exif, page.tags.valueof(700)), num_pages)
@@ -448,59 +437,22 @@ def _tiff_samples(page: tifffile.TiffPage) -> _Deep:
 
 def _eight_bit(image: Image.Image) -> np.ndarray:
     """An 8-bit picture as uint8 gray, gray + alpha, RGB or RGBA, converted through its colour profile."""
-    image = _transposed(image)
-    info = dict(image.info)
-    if image.mode == "LAB":
-        return np.asarray(_lab_to_rgb(image))
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-    elif "transparency" in image.info and image.mode in ("L", "RGB", "1"):
-        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
-    elif image.mode in ("1", "La", "RGBa"):
-        image = image.convert({"1": "L", "La": "LA", "RGBa": "RGBA"}[image.mode])
-    profile = _profile_of(info, image.mode in ("L", "LA"))
-    if profile is not None:
-        image = _through_profile(image, profile)
     if image.mode == "F" or image.mode.startswith("I"):
         raise UnreadableImageError(f"a damaged {image.format or 'file'} of samples deeper than 8 bits ({image.mode})")
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        image = image.convert("RGB")
-    samples = np.asarray(image)
-    return samples if samples.ndim == 3 else samples[..., None]
-
-
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return _expect_image(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
-
-
-def _through_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert to sRGB through an embedded profile. A profile that does not fit the picture is ignored."""
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    color = image.convert(image.mode[:-1]) if alpha is not None else image
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        color = _expect_image(
-            ImageCms.profileToProfile(color, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image
-    if alpha is not None:
-        color.putalpha(alpha)
-    return color
-
-
-def _expect_image(converted: Image.Image | None) -> Image.Image:
-    assert converted is not None  # only in-place conversion returns None
-    return converted
-
-
-def _transposed(image: Image.Image) -> Image.Image:
-    """Turned upright by EXIF. Pillow has already applied a TIFF's orientation; damaged EXIF is ignored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is a TIFF in itself, and as often damaged
-        return image
+    colors = "L" if image.mode in ("1", "L", "LA", "La") else "CMYK" if image.mode == "CMYK" else "RGB"
+    profile = _profile_of(image.info, colors == "L")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image, profile = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image), None
+    alpha = "A" if image.has_transparency_data and colors != "CMYK" else ""
+    samples = np.asarray(image.convert(colors + alpha))
+    samples = samples if samples.ndim == 3 else samples[..., None]
+    color, alphas = samples[..., : len(colors)], samples[..., len(colors) :]
+    if profile is not None:
+        color = _to_srgb(color, profile)
+    if color.shape[-1] == 4:  # CMYK without a profile that fits it
+        color = np.asarray(image.convert("RGB"))
+    return np.concatenate((color, alphas), axis=-1)
 
 
 def _upright(samples: np.ndarray, exif: Image.Exif) -> np.ndarray:
