@@ -30,6 +30,7 @@ PINNED = {
     "openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef",
 }
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+_SAMPLE_BYTES, _NUM_SAMPLES = 2**14, 1024  # 16 MiB of a file: a fine-tuned model differs in whole layers
 
 
 def resolve(model: str) -> tuple[str, str | None]:
@@ -59,9 +60,9 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     """(model_id, model_revision) as fits and manifests record them.
 
     The revision of a hub model is its commit. That of a folder is "sha256:" and two hashes, joined by "-": one
-    over all its weights and configurations, and a short one that is quick to compute. known_revision: what this
-    function gave earlier, perhaps on another machine. If the short hash agrees with it, the folder is not read in
-    full again. Raises ModelError if there is no such model, or another one than `known_revision` says.
+    over all its weights and configurations, and a short one over samples spread over each file. known_revision:
+    what this function gave earlier, perhaps on another machine. If the short hash agrees with it, the folder is not
+    read in full again. Raises ModelError if there is no such model, or another one than `known_revision` says.
     """
     source, commit = resolve(model)
     revision = commit or known_revision or ""
@@ -70,9 +71,11 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
         quick, whole = hashlib.sha256(), hashlib.sha256()
         for path in files:
             name, size = str(path.relative_to(source)), path.stat().st_size
+            quick.update(f"{name} {size}\n".encode())
             with path.open("rb") as file:
-                file.seek(max(0, size - 2**20))
-                quick.update(f"{name} {size}\n".encode() + file.read())
+                for place in range(0, size, max(_SAMPLE_BYTES, size // _NUM_SAMPLES)):
+                    file.seek(place)
+                    quick.update(file.read(_SAMPLE_BYTES))
         short = f"-{quick.hexdigest()[:16]}"
         if not revision.endswith(short):
             for path in files:
@@ -151,7 +154,7 @@ class Checkpoint:
         """
         chunked = [_chunks(self.tokenizer, prompt) for prompt in prompts]
         most, empty = max(map(len, chunked)), _chunks(self.tokenizer, "")
-        ids = torch.stack([torch.stack([*chunks, *empty * (most - len(chunks))]) for chunks in chunked])
+        ids = torch.stack([torch.cat((chunks, empty.expand(most - len(chunks), -1))) for chunks in chunked])
         with torch.no_grad(), self.autocast():
             embeds = self.text_encoder(ids.flatten(0, 1).to(self.device)).last_hidden_state
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]
@@ -168,7 +171,7 @@ class Checkpoint:
         """f_T: prompts to unit vectors [B, d]. A long prompt gives the mean of its chunks."""
         rows = []
         for prompt in prompts:
-            ids = torch.stack(_chunks(self.clip_tokenizer, prompt)).to(self.device)
+            ids = _chunks(self.clip_tokenizer, prompt).to(self.device)
             features = self.clip.get_text_features(input_ids=ids).pooler_output.float()
             rows.append(F.normalize(features, dim=-1).mean(dim=0))
         return F.normalize(torch.stack(rows), dim=-1)
@@ -200,13 +203,11 @@ def pad_embeds(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:
     return torch.cat((e, *[e_empty.expand(len(e), -1, -1)] * num_chunks), dim=1)
 
 
-def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Tensor]:
-    """A prompt's token ids in chunks [length], each with its own start and end token."""
-    length = int(tokenizer.model_max_length)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    pieces = [ids[i : i + length - 2] for i in range(0, max(1, len(ids)), length - 2)]
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return [torch.tensor([start, *piece, end, *[pad] * (length - 2 - len(piece))]) for piece in pieces]
+def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> Tensor:
+    """A prompt's token ids in chunks [chunks, length], each with its own start and end token."""
+    split = {"truncation": True, "return_overflowing_tokens": True, "padding": "max_length"}
+    ids: Tensor = tokenizer(prompt, return_tensors="pt", verbose=False, **split).input_ids
+    return ids
 
 
 def load_checkpoint(

@@ -81,6 +81,20 @@ def test_a_known_revision_is_not_hashed_again(tiny_folder, monkeypatch):
     assert (checkpoint.model_id, checkpoint.model_revision) == (model_id, revision)
 
 
+def test_a_large_file_that_differs_inside_is_refused(tiny_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder, folder)
+    weights, num_bytes = folder / "unet" / "diffusion_pytorch_model.safetensors", 64 * 2**20
+    weights.write_bytes(bytes(num_bytes))
+    _, revision = identify(str(folder))
+    with weights.open("r+b") as file:  # one layer of a fine-tuned model: 1 MiB amid 64
+        file.seek(num_bytes // 3)
+        file.write(b"\1" * 2**20)
+    assert weights.stat().st_size == num_bytes
+    with pytest.raises(ModelError, match="not at sha256"):
+        identify(str(folder), revision)
+
+
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
 def test_another_folder_than_the_known_one_is_refused(tiny_folder, tmp_path, part):
     folder = tmp_path / "copy"
@@ -153,7 +167,7 @@ def test_tokens_are_found_beyond_the_first_chunk(tiny_folder):
     prompt = "a red ball and a blue box on a table " * 12
     phrases = noun_phrases(prompt)
     assert len(phrases) == 36
-    ids = torch.cat(models._chunks(checkpoint.tokenizer, prompt))
+    ids = models._chunks(checkpoint.tokenizer, prompt).flatten()
     positions = checkpoint.token_positions(prompt, [(phrase.noun_start, phrase.end) for phrase in phrases])
     assert max(map(max, positions)) > 77
     for phrase, tokens in zip(phrases, positions, strict=True):
