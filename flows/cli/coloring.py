@@ -133,6 +133,9 @@ def run(
     Running the same command again does only what is not done. Ctrl-C commits what is finished and stops; a second
     one stops at once. Without PREFECT_API_URL, a Prefect server runs as long as the run does.
 
+    Exit codes: **0** all done; **1** failed; **2** wrong usage; **3** done with quarantined or failed images; **130**
+    stopped by Ctrl-C; **143** stopped by SIGTERM.
+
     Example: `diffcolor run examples/archive out/demo`
     """
     if destination and context.get_parameter_source("output").name == "COMMANDLINE":  # type: ignore[union-attr]
