@@ -76,7 +76,7 @@ def small_archive(tmp_path: Path) -> Path:
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     (folder / "catalog.csv").write_text(
         "image,context_prompt,target_prompt,source\n"
-        "scan 0.png,a ball on a table,a red ball on a green table,somewhere\n"
+        "scan 0.png,a ball on a table,a red ball on a green table,somewhere else\n"
         "scan 0.png,a ball on a table,a blue ball on a green table,somewhere\n"
         "scan 1.png,a box on a table,a yellow box on a blue table,\n"
         "scan 2.png,a vase on a table,,\n"

@@ -57,6 +57,13 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
         ("scan 1.png", "ok", None, "a yellow box on a blue table"),
         ("scan 2.png", "ok", None, None),
     ]
+    kept = ask(
+        output, "select image_key, target_prompt, catalog_columns from results where catalog_columns is not null"
+    )
+    assert sorted(kept) == [
+        ("scan 0.png", "a blue ball on a green table", '{"source": "somewhere"}'),
+        ("scan 0.png", "a red ball on a green table", '{"source": "somewhere else"}'),
+    ]
     # one part per shard, one picture per variant, one primary and one fit per image, the run's record and its end
     found = files(output)
     assert sum(f.startswith("manifest/") for f in found) == num_shards
