@@ -1,5 +1,6 @@
 import hashlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,18 @@ from PIL import Image
 
 from diffcolor_core import Settings
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
+from diffcolor_core.errors import ModelError
 from support.pictures import gray_picture
 from tasks.archive import CatalogRow
 from tasks.colorize import ImageWorker
-from tasks.manifest import commit_part, query
+from tasks.layout import key_of
+from tasks.manifest import SCHEMA, commit_part, query
 from tasks.options import RunOptions
 from tasks.planning import open_plan
 from tasks.records import RunConfig
+from tasks.rows import error_rows
 from tasks.storage import Store
-from tasks.verify import verify
+from tasks.verify import repair, verify
 from tests.tasks.test_planning import with_options
 
 QUICK = Settings(
@@ -61,6 +65,74 @@ def test_a_row_keeps_the_other_columns_of_its_catalog_row(config):
     assert row["catalog_columns"] == '{"rights": "none"}'
     read = query(Store(config.options.output), "select catalog_columns->>'rights' from results").fetchall()
     assert read == [("none",)]
+
+
+def test_every_variant_keeps_the_columns_of_its_own_catalog_row(config):
+    catalog = [
+        CatalogRow(1, "a.png", "a ball", "a red ball", '{"id": "A 1"}'),
+        CatalogRow(2, "a.png", "a ball", "a blue ball", '{"id": "A 2"}'),
+    ]
+    kept = {row["target_prompt"]: row["catalog_columns"] for row in run(config, catalog)}
+    assert kept == {"a red ball": '{"id": "A 1"}', "a blue ball": '{"id": "A 2"}'}
+
+
+def test_another_model_under_the_same_path_is_noticed_by_a_worker(config, tiny_v_folder):
+    elsewhere = config.options.model_copy(update={"model": str(tiny_v_folder)})
+    with pytest.raises(ModelError, match=f"not at {config.model_revision}"):
+        ImageWorker(replace(config, options=elsewhere))
+
+
+def documented_nulls() -> tuple[dict[str, set[str]], set[str]]:
+    """Of docs/semantics.md: the null columns of each outcome, and the columns that are null for their own reason."""
+    text = (Path(__file__).parents[2] / "docs/semantics.md").read_text()
+    text = text.partition("### Which columns are null")[2].partition("\n## ")[0]
+    groups = {name: set(re.findall(r"`(\w+)`", rest)) for name, rest in re.findall(r"- \*\*(\w+)\*\*:([^-|]*)", text)}
+    outcomes = {}
+    for status, why, null in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE):
+        if status in ("ok", "quarantined", "failed"):
+            named = re.findall(r"\w+", null.partition(":")[0])
+            columns = set().union(*(groups.get(name, {name}) for name in named if name != "none"))
+            outcomes[f"{status}: {why.partition(':')[0]}"] = columns
+    own = re.findall(r"^\| (`[^|]*`) \| (?:for|unless|if|without|always)", text, re.MULTILINE)
+    assert set().union(*groups.values()) <= set(SCHEMA.names)
+    return outcomes, {name for names in own for name in re.findall(r"\w+", names)}
+
+
+def test_the_null_columns_of_each_outcome_are_documented(config, tmp_path):
+    documented, own = documented_nulls()
+    (tmp_path / "in/broken.png").write_bytes(b"no picture")
+    (tmp_path / "in/back\\slash.png").write_bytes(b"x")
+    catalog = [
+        *RED,
+        CatalogRow(2, "broken.png", "a ball", "a red ball"),
+        CatalogRow(3, "back\\slash.png", "a ball", "a red ball"),
+        CatalogRow(4, "a.png", " and ".join(["a ball"] * 101), "a red ball"),  # more nouns than identifiers
+    ]
+    rows = run(config, catalog)
+    by_error = {row.get("error_class"): row for row in rows}
+    output = Store(config.options.output)
+    output.delete(key_of(by_error[None]["output_uri"]))
+    assert repair(output, list(verify(output))) == 1
+    with open_plan(RED) as plan:
+        plan.fill(config)
+        image = next(plan.shards(10)).images[0]
+    queued = dict(
+        zip(SCHEMA.names, query(output, "select * from results where status = 'failed'").fetchone(), strict=True)
+    )
+    outcomes = {
+        "ok: made now, or adopted from an earlier row": by_error[None],
+        "quarantined: the file was not opened or not wanted": by_error["InvalidKeyError"],
+        "quarantined: the file is not a readable picture": by_error["UnreadableImageError"],
+        "quarantined: the context prompt cannot be used": by_error["ValueError"],
+        "failed: an error that is not the image's fault; the next run tries again": error_rows(
+            config, image, "failed", OSError("no route to host")
+        )[0],
+        "failed: queued by `verify --repair`": queued,
+    }
+    found = {
+        outcome: {name for name in SCHEMA.names if row.get(name) is None} - own for outcome, row in outcomes.items()
+    }
+    assert found == documented
 
 
 def test_settings_changed_back_are_adopted_and_not_computed_again(config):
