@@ -3,6 +3,7 @@
 python -m benchmarks.costs recolor --json benchmarks/results/costs.json                          (2 minutes)
 python -m benchmarks.costs recolor --preset paper --scenes 1 --json benchmarks/results/costs.json  (8 minutes)
 python -m benchmarks.costs large --json benchmarks/results/costs.json                            (3 minutes)
+python -m benchmarks.costs assembly --json benchmarks/results/costs.json                         (3 minutes)
 python -m benchmarks.costs true-sizes --json benchmarks/results/costs.json    (10 minutes, 20 GB of memory)
 """
 
@@ -20,10 +21,13 @@ import torch
 import typer
 
 from diffcolor_core import DiffColor, Picture, preset
+from diffcolor_core.color import lab_to_linear, srgb_to_lab
 from diffcolor_core.config import Settings
 from diffcolor_core.formats import encode
+from diffcolor_core.images import Scan, assemble, resize
 from diffcolor_study.cases import draw_cases
 from support.checkpoints import save_architecture
+from support.plain_assembly import plain_assemble
 from support.record import record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -101,6 +105,36 @@ def large_scan(width_px: int, height_px: int) -> dict[str, float]:
         "seconds": time.perf_counter() - start,
         "p99_abs_delta_l": result.metrics["p99_abs_delta_l"],
     }
+
+
+@app.command()
+def assembly(json_file: JsonOption = None) -> None:
+    """CPU seconds of one thread to assemble a scan of 6000 x 4000 px, against the plain form with the same bytes.
+
+    The chroma is that of a rendered scene, as it is (8 bit) and five times as strong (16 bit).
+    """
+    torch.set_num_threads(1)
+    case = next(draw_cases("full-prompt", 1, 0, 512))
+    lab = srgb_to_lab(case.scene.rgb)
+    grain = torch.randn(1, 4000, 6000, generator=torch.Generator().manual_seed(0))
+    lightness = (resize(lab[:1], (4000, 6000)) + grain).clamp(0, 100)
+    figures = {}
+    for bit_depth, strength in ((8, 1.0), (16, 5.0)):
+        scan, chroma = Scan(lightness, None, bit_depth, "L"), lab[1:] * strength
+        start = time.process_time()
+        picture = assemble(scan, chroma)
+        middle = time.process_time()
+        plain = plain_assemble(scan, chroma)
+        seconds, plain_seconds = middle - start, time.process_time() - middle
+        assert np.array_equal(picture.pixels, plain)
+        linear = lab_to_linear(torch.cat((resize(lightness, chroma.shape[-2:]), chroma)))
+        figures[f"{bit_depth} bit"] = {
+            "out_of_gamut": float(((linear < 0) | (linear > 1)).any(dim=0).float().mean()),
+            "seconds": seconds,
+            "plain_seconds": plain_seconds,
+            "ratio": plain_seconds / seconds,
+        }
+    record(json_file, "assembly", figures, "torch")
 
 
 def few_steps(settings: Settings, steps: int, **both_stages: Any) -> Settings:

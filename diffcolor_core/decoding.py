@@ -32,7 +32,7 @@ _UNSIGNED, _SIGNED, _FLOAT = (1, 4), 2, 3  # TIFF's SampleFormat; 4, "undefined"
 MAX_PIXELS = 178_956_970  # Pillow's own error limit: larger pictures are refused as decompression bombs
 MAX_SIDE_PX = 1_000_000  # libpng's limit: the result of a longer scan could not be written
 MAX_PAGES = 1_000  # frames or pages of a file; a list of millions is an attack
-STRIP_PIXELS = 2_000_000  # full-size work is done in strips of about this many pixels
+STRIP_PIXELS = 64_000  # full-size work is done in strips of about this size, which a core's cache holds
 _PSD_EXIF, _PSD_XMP, _PSD_RESOLUTION, _PSD_VERSION_INFO = 1058, 1060, 1005, 1057  # Photoshop's image resources
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # the manifest row of a damaged file has the reason
 

@@ -149,16 +149,19 @@ def upsample_guided(values: Tensor, small_guide: Tensor, guide: Tensor, rows: sl
         return values[:, rows]
     y = (torch.arange(rows.start, rows.stop, dtype=values.dtype) + 0.5) * h / height_px - 0.5
     x = (torch.arange(width, dtype=values.dtype) + 0.5) * w / width - 0.5
+    top, left = y.floor().long(), x.floor().long()
+    near_rows = slice(max(0, int(top[0]) - 1), int(top[-1]) + 3)  # the rows of working size around the strip
+    small = torch.cat((small_guide, values))[:, near_rows]  # [1 + C, r, w]
     total = torch.zeros((len(values), *guide.shape[-2:]), dtype=values.dtype)
     weight = torch.zeros_like(guide)
+    columns = [left + dx for dx in range(-1, 3)]
+    wide = [small[..., column.clamp(0, w - 1)] for column in columns]  # 4 of [1 + C, r, W]
     for dy in range(-1, 3):
-        yi = y.floor().long() + dy
-        for dx in range(-1, 3):
-            xi = x.floor().long() + dx
-            near = torch.exp(-((y - yi)[:, None] ** 2 + (x - xi)[None] ** 2) / 1.0)
-            rows_in, columns_in = yi.clamp(0, h - 1), xi.clamp(0, w - 1)
-            difference = small_guide[:, rows_in][:, :, columns_in] - guide
-            like = torch.exp(-(difference**2) / (2 * 5.0**2)) + 1e-4
-            total += near * like * values[:, rows_in][:, :, columns_in]
-            weight += near * like
-    return total / weight
+        line = top + dy
+        for column, source in zip(columns, wide, strict=True):
+            around = source.index_select(1, line.clamp(0, h - 1) - near_rows.start)  # [1 + C, R, W]
+            weights = around[:1].sub_(guide).square_().div_(-2 * 5.0**2).exp_().add_(1e-4)  # alike in lightness
+            weights *= torch.sub(-((y - line)[:, None] ** 2), (x - column)[None] ** 2).exp_()  # and near
+            weight += weights
+            total += around[1:].mul_(weights)
+    return total.div_(weight)

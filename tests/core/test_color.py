@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from skimage import color as skimage_color
 
 from diffcolor_core import color
+from support.plain_assembly import plain_fit_gamut
 
 unit = st.floats(0, 1)
 
@@ -57,6 +58,23 @@ def test_gamut_keeps_as_much_chroma_as_fits():
     fitted = color.fit_gamut(pixel(20, 0, 80), iterations=24)  # yellow at L* 20 is outside sRGB
     assert 15 < float(fitted[2]) < 40
     assert float(color.lab_to_linear(fitted * torch.tensor([1, 1.02, 1.02]).view(3, 1, 1)).min()) < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, 5.0, 40.0, 150.0, 1e6])
+@pytest.mark.parametrize("shape", [(3, 61, 47), (2, 3, 17, 23)])
+def test_gamut_is_bitwise_that_of_bisecting_every_pixel(shape, spread, dtype):
+    generator = torch.Generator().manual_seed(2)
+    lab = torch.randn(shape, dtype=dtype, generator=generator) * spread
+    lab[..., 0, :, :] = torch.rand(shape[:-3] + shape[-2:], dtype=dtype, generator=generator) * 100
+    lab[..., 0, :2, :3], lab[..., 0, 2:4, :3] = 0.0, 100.0
+    lab[..., 1, 5, 5] = torch.nan
+    before = lab.clone()
+    fitted = color.fit_gamut(lab)
+    assert fitted.numpy().tobytes() == plain_fit_gamut(lab).numpy().tobytes()
+    assert lab.numpy().tobytes() == before.numpy().tobytes()  # the argument is left alone
+    moved = float((fitted != before).any(dim=-3).float().mean())
+    assert (moved > 0.2) == (spread > 5)
 
 
 def test_luminance_lock_is_exact_in_floating_point():

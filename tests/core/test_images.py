@@ -6,6 +6,7 @@ from hypothesis.extra import numpy as hnp
 
 from diffcolor_core import decoding, images, metrics
 from diffcolor_core.images import Picture, Scan, assemble, read_scan
+from support.plain_assembly import plain_assemble
 
 
 @settings(max_examples=25, deadline=None)
@@ -43,12 +44,16 @@ def test_at_working_size_upsampling_is_the_identity():
     assert torch.equal(images.upsample_guided(chroma, l_star, l_star, slice(2, 5), 9), chroma[:, 2:5])
 
 
-def test_strips_do_not_show(monkeypatch):
-    scan = Scan(torch.rand(1, 60, 50, generator=torch.Generator().manual_seed(0)) * 100, None, 16, "L")
-    chroma = torch.randn(2, 12, 10, generator=torch.Generator().manual_seed(1)) * 20
-    whole = assemble(scan, chroma).pixels
-    monkeypatch.setattr(decoding, "STRIP_PIXELS", 150)
-    assert np.abs(assemble(scan, chroma).pixels.astype(int) - whole).max() <= 1
+@pytest.mark.parametrize("bit_depth", [8, 16])
+@pytest.mark.parametrize("spread", [15.0, 200.0])
+@pytest.mark.parametrize(("size", "working_size"), [((310, 473), (40, 56)), ((37, 41), (64, 64)), ((200, 90), (16, 8))])
+@pytest.mark.parametrize("strip_pixels", [1500, 64_000])
+def test_assembly_is_bitwise_the_plain_one(monkeypatch, strip_pixels, size, working_size, spread, bit_depth):
+    monkeypatch.setattr(decoding, "STRIP_PIXELS", strip_pixels)
+    generator = torch.Generator().manual_seed(0)
+    scan = Scan(torch.rand(1, *size, generator=generator) * 100, None, bit_depth, "L")
+    chroma = torch.randn(2, *working_size, generator=generator) * spread
+    assert np.array_equal(assemble(scan, chroma).pixels, plain_assemble(scan, chroma))
 
 
 def test_pictures_are_saved_as_png_only(tmp_path):
