@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from diffcolor_core.config import AlignmentSettings
 from diffcolor_core.diffusion import add_noise
+from diffcolor_core.edges import propagate
 from diffcolor_core.images import gray_input
 from diffcolor_core.models import Checkpoint
 
@@ -31,11 +32,11 @@ def align_chroma(
     UNet does not have.
     """
     chroma = generated[1:]
-    if not settings.enabled:
-        return chroma
-    both = torch.stack((gray_input(lightness), gray_input(generated[:1])))
-    phi, phi_generated = unet_features(checkpoint, both, settings, generator)
-    return shift_by_weights(chroma, window_weights(phi, phi_generated, settings), settings.radius)
+    if settings.enabled:
+        both = torch.stack((gray_input(lightness), gray_input(generated[:1])))
+        phi, phi_generated = unet_features(checkpoint, both, settings, generator)
+        chroma = shift_by_weights(chroma, window_weights(phi, phi_generated, settings), settings.radius)
+    return propagate(chroma, lightness) if settings.propagate else chroma
 
 
 def unet_features(checkpoint: Checkpoint, x: Tensor, settings: AlignmentSettings, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from diffcolor_core.adapters import fitted_state, fitted_unet
 from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.color_terms import ColorReport
-from diffcolor_core.config import Settings, preset
+from diffcolor_core.config import Settings, preset, preset_for
 from diffcolor_core.errors import DivergedError, FitError
 from diffcolor_core.fits import Fit, load_fit, scan_sha256
 from diffcolor_core.images import Picture, Scan, read_scan, resize
@@ -94,7 +94,7 @@ class DiffColor:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings | None = None) -> None:
         self.checkpoint = checkpoint
-        self.settings = settings or preset("demo" if checkpoint.model_id == "demo" else "paper")
+        self.settings = settings or preset(preset_for(checkpoint.model_id))
         self._last_fitted: FittedModel | None = None  # so that many prompts load theta once
 
     @classmethod
@@ -108,10 +108,10 @@ class DiffColor:
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
     ) -> "DiffColor":
-        """Load "demo", a diffusers folder, or a hub model at a pinned commit ("owner/name@commit").
+        """Load "photo", "demo", a diffusers folder, or a hub model at a pinned commit ("owner/name@commit").
 
         clip: the guidance CLIP, by default the folder's own `clip` or OpenAI's ViT-B/32. settings: a record or a
-        preset's name; by default `demo` for the demo model, else `paper`. dtype: what the networks compute in;
+        preset's name; by default the one that suits the model (`preset_for`). dtype: what the networks compute in;
         weights stay float32. revision: what `models.identify(model)` gave before, so that a folder is not hashed
         again. Raises ModelError (see `models.load_checkpoint`), and ValueError for an unknown preset.
         """

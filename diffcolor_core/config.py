@@ -43,7 +43,7 @@ class Stage1Settings(_Record):
     """Random crops, flips and noisy copies that CLIP judges too, against colours that only CLIP likes [O]; 0 is [P]."""
     stop_below: float = Field(0.0, ge=0)
     """Stop once the mean contrastive loss of five steps is below this (nats) [O]. 0 never stops early."""
-    strength: float | None = Field(None, gt=0, le=1)
+    strength: float | None = Field(None, ge=0, le=1)
     """Starting noise of the primary. None takes that of `sampling` [P]. More keeps less of the gray [O]."""
     anti_color_prompts: tuple[str, ...] = (
         "A grayscale photograph",
@@ -58,8 +58,8 @@ class SamplingSettings(_Record):
 
     num_steps: int = Field(50, ge=1)
     """K, the DDIM steps over the full schedule. The part that `strength` gives is run."""
-    strength: float = Field(0.8, gt=0, le=1)
-    """Starting noise level, as a fraction of the schedule."""
+    strength: float = Field(0.8, ge=0, le=1)
+    """Starting noise level, as a fraction of the schedule. 0 adds no noise and takes no step."""
     guidance_scale: float = Field(3.0, ge=1)
     """Classifier-free guidance [A]. 1 means none."""
     project_luminance: bool = True
@@ -81,6 +81,8 @@ class AlignmentSettings(_Record):
     """Half the side of the search window, in feature cells [O]. It is small as the pictures nearly match."""
     min_similarity: float = Field(0.6, ge=-1, le=1)
     """A cell keeps its own colour if its best cosine similarity is below this [O]."""
+    propagate: bool = False
+    """Solve for the chroma anew along the scan's edges [O], so that no colour leaks over the border of a thing."""
 
 
 class Stage2Settings(_Record):
@@ -116,6 +118,9 @@ class Settings(_Record):
     """The picture is scaled to the area of a square with this side. None takes the model's native side."""
     batch_size: int = Field(1, ge=1)
     """Noise draws per optimisation step."""
+    color_prior: bool = False
+    """Sample from the picture that the checkpoint's colour prior makes of the scan and the prompt [O], instead of the
+    gray scan or the primary. For checkpoints that have such a prior: the bundled `photo`."""
     stage1: Stage1Settings = Stage1Settings()
     alignment: AlignmentSettings = AlignmentSettings()
     stage2: Stage2Settings = Stage2Settings()
@@ -140,6 +145,7 @@ PRESETS: dict[str, Settings] = {
             stop_below=0.1,
             strength=1.0,
         ),
+        alignment=AlignmentSettings(propagate=True),
         stage2=Stage2Settings(
             embedding_steps=40,
             embedding_learning_rate=1e-2,
@@ -152,7 +158,20 @@ PRESETS: dict[str, Settings] = {
         ),
         sampling=SamplingSettings(num_steps=8),
     ),
+    "photo": Settings(
+        working_size_px=144,
+        color_prior=True,
+        stage1=Stage1Settings(num_steps=0, diffusion_target="prior"),
+        alignment=AlignmentSettings(enabled=False, propagate=True),
+        stage2=Stage2Settings(embedding_steps=0, model_steps=0, adapter_rank=4, alpha=1.0, keep_unchanged=True),
+        sampling=SamplingSettings(num_steps=8, strength=0.0),
+    ),
 }
+
+
+def preset_for(model: str) -> str:
+    """The name of the preset that suits a model: a bundled model's own, else `paper`."""
+    return model if model in ("photo", "demo") else "paper"
 
 
 def preset(name: str, overrides: Mapping[str, Any] | None = None) -> Settings:

@@ -2,8 +2,8 @@
 
 Symbols as in `docs/method.md`: z latents [B, C, h, w]; t timesteps 0..T-1; abar the cumulative noise
 schedule `alphas_cumprod`; eps standard Gaussian noise; e prompt_embeds [B, tokens, width].
-A UNet's raw output is eps or v, depending on the checkpoint. Only `training_target` and `clean_estimate`
-know which; everything else works with z, z_0 and eps.
+A UNet's raw output is eps, v or z_0 ("sample"), depending on the checkpoint. Only `training_target` and
+`clean_estimate` know which; everything else works with z, z_0 and eps.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,10 @@ def add_noise(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) -> Ten
 
 
 def training_target(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """The raw output that equations (2), (5) and (6) ask for: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z."""
-    if _predicts_v(schedule):
+    """The raw output that (2), (5) and (6) ask for: eps, v = sqrt(abar_t) eps - sqrt(1 - abar_t) z, or z."""
+    if schedule.config.prediction_type == "sample":
+        return z
+    if schedule.config.prediction_type == "v_prediction":
         abar = _abar(schedule, t, z)
         return abar.sqrt() * eps - (1 - abar).sqrt() * z
     return eps
@@ -37,25 +39,29 @@ def training_target(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) 
 def clean_estimate(schedule: DDIMScheduler, z_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """The one-step estimate of z_0, and the eps that goes with it, from the UNet's raw output."""
     abar = _abar(schedule, t, z_t)
-    if _predicts_v(schedule):
+    if schedule.config.prediction_type == "sample":
+        return output, implied_noise(schedule, z_t, output, t)
+    if schedule.config.prediction_type == "v_prediction":
         z_0 = abar.sqrt() * z_t - (1 - abar).sqrt() * output
         return z_0, abar.sqrt() * output + (1 - abar).sqrt() * z_t
     return (z_t - (1 - abar).sqrt() * output) / abar.sqrt(), output
 
 
-def _predicts_v(schedule: DDIMScheduler) -> bool:
-    return bool(schedule.config.prediction_type == "v_prediction")
+def implied_noise(schedule: DDIMScheduler, z_t: Tensor, z_0: Tensor, t: Tensor) -> Tensor:
+    """The eps with which z_0 becomes z_t."""
+    abar = _abar(schedule, t, z_t)
+    return (z_t - abar.sqrt() * z_0) / (1 - abar).sqrt()
 
 
 def ddim_timesteps(schedule: DDIMScheduler, num_steps: int, strength: float) -> Tensor:
     """The timesteps to visit, from the noisiest down.
 
     Of `num_steps` spread evenly over the schedule these are the lowest part, `strength` (0..1) of them and at
-    least one. At strength 1 the first is the last of the schedule.
+    least one, but none at strength 0. At strength 1 the first is the last of the schedule.
     """
     total = len(schedule.alphas_cumprod)
     steps = torch.linspace(0, total - 1, num_steps + 1).round().long()[1:]
-    return steps[: max(1, round(num_steps * strength))].flip(0)
+    return steps[: max(1, round(num_steps * strength)) if strength > 0 else 0].flip(0)
 
 
 @torch.no_grad()
@@ -90,8 +96,7 @@ def ddim_sample(
         z_0, eps = clean_estimate(schedule, z_t, t_batch, output)
         if correct_clean is not None:
             z_0 = correct_clean(z_0)
-            abar = _abar(schedule, t_batch, z_t)
-            eps = (z_t - abar.sqrt() * z_0) / (1 - abar).sqrt()
+            eps = implied_noise(schedule, z_t, z_0, t_batch)
         if i + 1 == len(timesteps):
             return z_0
         z_t = add_noise(schedule, z_0, eps, timesteps[i + 1].expand(len(z_t)).to(z_t.device))

@@ -67,7 +67,7 @@ class Fit:
         if self.scan is None:
             raise FitError("this fit was saved without its scan: load it as load_fit(url, image=the scan)")
         height, width = self.content_px
-        return assemble(self.scan, chroma[:, :height, :width])
+        return assemble(self.scan, chroma[:, :height, :width], propagated=self.settings.alignment.propagate)
 
     def provenance(self, prompt: str, run_id: str | None = None) -> Provenance:
         """What to write into a picture that this fit gave for `prompt`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcolor_core.color import lightness_of, lightness_to_gray, lock_luminance
 from diffcolor_core.decoding import SourceMetadata, decode, strips
+from diffcolor_core.edges import ChromaField
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,25 @@ def gray_input(lightness: Tensor) -> Tensor:
     return (lightness_to_gray(lightness).clamp(0, 1) * 2 - 1).expand(3, -1, -1).contiguous()
 
 
-def assemble(scan: Scan, chroma: Tensor) -> Picture:
+def assemble(scan: Scan, chroma: Tensor, *, propagated: bool = False) -> Picture:
     """The scan's own lightness with chroma [2, h, w] of working size: a picture of the scan's size and bit depth.
 
-    The chroma is brought to full size along the scan's edges (`upsample_guided`). Where sRGB cannot show a
-    colour at the scan's lightness, the chroma gives way and the lightness does not (`lock_luminance`).
+    The chroma is brought to full size along the scan's edges: solved for anew if `propagated` (`ChromaField`), else
+    by `upsample_guided`. Where sRGB cannot show a colour at the scan's lightness, the chroma gives way and the
+    lightness does not (`lock_luminance`).
     """
     maximum = 65535 if scan.bit_depth == 16 else 255
     dtype = np.uint16 if scan.bit_depth == 16 else np.uint8
     height, width = scan.height_px, scan.width_px
     pixels = np.empty((height, width, 3 if scan.alpha is None else 4), dtype)
     small_guide = resize(scan.lightness, chroma.shape[-2:])
+    field = ChromaField(chroma, scan.lightness) if propagated else None
     for rows in strips(height, width):
         lightness = scan.lightness[:, rows]
-        full = upsample_guided(chroma, small_guide, lightness, rows, height)
+        if field is None:
+            full = upsample_guided(chroma, small_guide, lightness, rows, height)
+        else:
+            full = field.rows(rows, lightness)
         rgb = lock_luminance(full.double(), lightness.double()) * maximum
         pixels[rows, :, :3] = rgb.round().permute(1, 2, 0).numpy().astype(dtype)
     if scan.alpha is not None:

@@ -1,8 +1,9 @@
 """Checkpoints: found, identified, loaded, and what their networks compute.
 
 A checkpoint is a Stable-Diffusion-shaped diffusers folder (`vae`, `unet`, `text_encoder`, `tokenizer`,
-`scheduler`) and a CLIP for guidance: the folder's own `clip` if it has one, else OpenAI's ViT-B/32. It comes
-from a local folder or from the hub at a pinned commit. Only safetensors are read.
+`scheduler`) and a CLIP for guidance: the folder's own `clip` if it has one, else OpenAI's ViT-B/32. A local folder
+may have a `color_prior` too. A checkpoint comes from a local folder or from the hub at a pinned commit. Only
+safetensors are read.
 """
 
 import hashlib
@@ -19,9 +20,12 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from diffcolor_core.color import lock_luminance
+from diffcolor_core.color_prior import FACTOR, ColorPrior, load_color_prior
 from diffcolor_core.errors import ModelError
 
-DEMO_FOLDER = Path(__file__).parent / "demo" / "bundle"
+BUNDLES = {name: Path(__file__).parent / name / "bundle" for name in ("photo", "demo")}
+"""Models that come with the package: `photo` for photographs, `demo` for the study's rendered scenes."""
 DEMO_JUDGE = Path(__file__).parent / "demo" / "judge"
 """A CLIP trained like the demo model's that guides nothing, so that it can judge results."""
 PINNED = {
@@ -34,20 +38,21 @@ _SAMPLE_BYTES, _NUM_SAMPLES = 2**14, 1024  # 16 MiB of a file: a fine-tuned mode
 
 
 def resolve(model: str) -> tuple[str, str | None]:
-    """(folder or hub id, commit) of "demo", a folder, a hub id that `PINNED` lists, or "owner/name@commit".
+    """(folder or hub id, commit) of a bundled model, a folder, a hub id that `PINNED` lists, or "owner/name@commit".
 
     The commit of a folder is None. Raises ModelError if there is no such model, or no commit.
     """
-    if model == "demo":
-        if not DEMO_FOLDER.is_dir():
-            raise ModelError(f"the demo model is not in this installation: {DEMO_FOLDER} is missing")
-        return str(DEMO_FOLDER), None
+    if model in BUNDLES:
+        if not BUNDLES[model].is_dir():
+            raise ModelError(f"the model {model!r} is not in this installation: {BUNDLES[model]} is missing")
+        return str(BUNDLES[model]), None
     if Path(model).is_dir():
         return model, None
     name, _, revision = model.partition("@")
     revision = revision or PINNED.get(name, "")
     if name.count("/") != 1:
-        raise ModelError(f"no model {model!r}: give 'demo', a diffusers folder, or a hub id as 'owner/name@commit'")
+        known = ", ".join(map(repr, BUNDLES))
+        raise ModelError(f"no model {model!r}: give {known}, a diffusers folder, or a hub id as 'owner/name@commit'")
     if not re.fullmatch("[0-9a-f]{40}", revision):  # branches and tags move; commits do not
         raise ModelError(
             f"hub model {name!r} needs a pinned revision, so that its results can be reproduced: give "
@@ -85,7 +90,7 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
             revision = f"sha256:{whole.hexdigest()}{short}"
     if known_revision not in (None, revision):
         raise ModelError(f"{model!r} is at {revision} here, not at {known_revision}: is it another model, or changed?")
-    return ("demo" if model == "demo" else source), revision
+    return (model if model in BUNDLES else source), revision
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Checkpoint:
     model_revision: str
     device: torch.device
     dtype: torch.dtype
+    color_prior: ColorPrior | None = None
 
     @property
     def vae_factor(self) -> int:
@@ -134,6 +140,11 @@ class Checkpoint:
             mean: Tensor = self.vae.encode(x).latent_dist.mean
         return mean.float() * self.vae.config.scaling_factor
 
+    def encode_colored(self, lightness: Tensor, chroma: Tensor) -> Tensor:
+        """The latents [B, C, h/f, w/f] of pictures with lightness [1, h, w] and chroma [B, 2, h, w]."""
+        locked = lock_luminance(chroma, lightness.expand(len(chroma), -1, -1, -1))
+        return self.encode(locked.to(self.device) * 2 - 1)
+
     def decode(self, z: Tensor) -> Tensor:
         """x = D(z / s): latents to pictures [B, 3, H, W], about [-1, 1] and not clipped."""
         with self.autocast():
@@ -145,6 +156,23 @@ class Checkpoint:
         with self.autocast():
             output: Tensor = unet(z_t, t, encoder_hidden_states=prompt_embeds).sample
         return output.float()
+
+    @torch.no_grad()
+    def prior_chroma(self, lightness: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The chroma that the colour prior expects under each prompt: [B, 2, h, w], the mean with its mirror image's.
+
+        lightness: [1, h, w], 0..100. Raises ModelError for a checkpoint without a colour prior.
+        """
+        if self.color_prior is None:
+            raise ModelError(f"{self.model_id} has no colour prior: set color_prior=false")
+        embeds = self.encode_prompts(prompts)
+        used = max(len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids)
+        if used <= self.color_prior.num_tokens:
+            embeds = embeds[:, : self.color_prior.num_tokens]
+        x = lightness.to(self.device).expand(len(prompts), 1, -1, -1)
+        with self.autocast():
+            chroma = (self.color_prior(x, embeds) + self.color_prior(x.flip(-1), embeds).flip(-1)) / 2
+        return F.interpolate(chroma, scale_factor=FACTOR, mode="bilinear", align_corners=False).cpu()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """T(c): prompts to prompt_embeds [B, chunks x max_length, width].
@@ -220,7 +248,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint and its guidance CLIP.
 
-    model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may also be "demo".
+    model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may be a bundled one too.
     revision: what `identify(model)` gave, for instance in the process that planned a run: a folder is then not
     hashed again. Raises ModelError if a model is missing, not pinned, not at `revision`, or of an architecture
     that we do not serve.
@@ -253,7 +281,9 @@ def load_checkpoint(
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     model_id, model_revision = identify(model, revision)
     device = torch.device(device)
-    for module in (vae, unet, text_encoder, clip_model):
+    has_prior = Path(source, "color_prior").is_dir()
+    color_prior = load_color_prior(Path(source, "color_prior")) if has_prior else None
+    for module in (vae, unet, text_encoder, clip_model, *([color_prior] if color_prior else [])):
         module.to(device).eval().requires_grad_(False)
     return Checkpoint(
         vae=vae,
@@ -269,4 +299,5 @@ def load_checkpoint(
         model_revision=model_revision,
         device=device,
         dtype=dtype,
+        color_prior=color_prior,
     )

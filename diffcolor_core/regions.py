@@ -1,6 +1,7 @@
 """Regions [O]: which part of a picture each noun names, and one prompt for each part.
 
 The regions come from the UNet's own cross-attention (after DAAM, Tang et al. 2022), without a segmenter.
+Where a checkpoint has a colour prior they come from what that makes of a noun's colour word.
 Joining several prompts in one picture follows MultiDiffusion (Bar-Tal et al. 2023).
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.diffusion import Predict, add_noise
+from diffcolor_core.edges import propagate
 from diffcolor_core.images import gray_input, upsample_guided
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.prompts import NounPhrase
@@ -88,6 +90,22 @@ def phrase_regions(
     rows = slice(0, lightness.shape[-2])
     small_guide = F.adaptive_avg_pool2d(lightness, (height, width))
     full = upsample_guided(share, small_guide, lightness, rows, lightness.shape[-2])
+    return full / full.sum(dim=0)
+
+
+PROBES = ("red", "green", "blue")
+
+
+def response_regions(checkpoint: Checkpoint, lightness: Tensor, prompt: str, phrases: Sequence[NounPhrase]) -> Tensor:
+    """The same as `phrase_regions`, from what the colour prior does: [P, h, w], summing to 1 over P.
+
+    Each phrase in turn is given a few colours. A pixel belongs to the phrases by how much its chroma follows theirs.
+    """
+    texts = [f"{prompt[: phrase.start]}{probe} {prompt[phrase.start :]}" for phrase in phrases for probe in PROBES]
+    chroma = checkpoint.prior_chroma(lightness, texts).unflatten(0, (len(phrases), len(PROBES)))
+    response = (chroma - chroma.mean(dim=1, keepdim=True)).norm(dim=2).mean(dim=1)  # [P, h, w]
+    share = response**3 / (response**3).sum(dim=0).clamp(min=1e-6)
+    full = propagate(share, lightness).clamp(min=1e-6)
     return full / full.sum(dim=0)
 
 

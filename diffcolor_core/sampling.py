@@ -31,15 +31,17 @@ def generate(
 ) -> Tensor:
     """Forward-diffuse z to the starting noise level, then DDIM under the prompt: L*a*b* [B, 3, h, w].
 
-    z: [1, C, h/f, w/f]. prompt_embeds: [R, tokens, width]. lightness: [1, h, w], the scan's. All pictures start
+    z: [1 or B, C, h/f, w/f]. prompt_embeds: [R, tokens, width]. lightness: [1, h, w], the scan's. All pictures start
     from the same noise, so that only their prompts tell them apart. regional: which rows of prompt_embeds make
     up which picture; without it each row makes one. The result's L* is what the model made, near the scan's.
     """
     timesteps = ddim_timesteps(checkpoint.scheduler, settings.num_steps, settings.strength)
-    eps = torch.randn(z.shape, generator=generator).to(z)
+    num_pictures = len(prompt_embeds) if regional is None else int(regional.owners.max()) + 1
+    if not len(timesteps):
+        return x_to_lab(checkpoint.decode(z.expand(num_pictures, -1, -1, -1))).cpu()
+    eps = torch.randn(z[:1].shape, generator=generator).to(z)
     z_t = add_noise(checkpoint.scheduler, z, eps, timesteps[:1].to(z.device))  # z_T
     predict = partial(checkpoint.predict, unet)
-    num_pictures = len(prompt_embeds) if regional is None else int(regional.owners.max()) + 1
     e_empty, e_negative = checkpoint.encode_prompts([""]), checkpoint.encode_prompts([negative_prompt])
     num_tokens = max(e_negative.shape[1], prompt_embeds.shape[1])
     z_0 = ddim_sample(

@@ -87,7 +87,10 @@ def colorize_with_prior(
             break
     unet.requires_grad_(False)
 
-    # 3. z_T by forward diffusion of z, K-step DDIM under c, x_pri = D(z)
+    # 3. z_T by forward diffusion of z [P] or of the colour prior's picture [O], K-step DDIM under c, x_pri = D(z)
+    if settings.color_prior:
+        expected = checkpoint.prior_chroma(lightness, ["", context_prompt]).mean(dim=0, keepdim=True)
+        z = checkpoint.encode_colored(lightness, expected)
     strength = settings.sampling.strength if stage1.strength is None else stage1.strength
     sampling = settings.sampling.model_copy(update={"strength": strength})
     generated = generate(checkpoint, unet, z, texts.context, lightness, sampling, generator)[0]

@@ -24,7 +24,6 @@ from transformers import CLIPTokenizer
 
 from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.alignment import align_chroma
-from diffcolor_core.color import lock_luminance
 from diffcolor_core.color_terms import (
     ColoredPhrase,
     ColorReport,
@@ -35,11 +34,12 @@ from diffcolor_core.color_terms import (
 )
 from diffcolor_core.config import Settings
 from diffcolor_core.diffusion import add_noise, training_target
+from diffcolor_core.edges import propagate
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import Checkpoint, pad_embeds
 from diffcolor_core.progress import Progress
 from diffcolor_core.prompts import noun_phrases
-from diffcolor_core.regions import RegionalPrompts, phrase_regions
+from diffcolor_core.regions import RegionalPrompts, phrase_regions, response_regions
 from diffcolor_core.sampling import generate
 
 MAX_BATCH = 8
@@ -70,7 +70,7 @@ def fit_in_context(
     changed. Raises ValueError for a prompt with more noun phrases than there are identifiers.
     """
     stage2 = settings.stage2
-    z = checkpoint.encode(lock_luminance(chroma, lightness)[None].to(checkpoint.device) * 2 - 1)  # [1, C, h/f, w/f]
+    z = checkpoint.encode_colored(lightness, chroma[None])  # [1, C, h/f, w/f]
 
     # 1. c' from c: one identifier for every noun phrase
     rewritten = context_prompt
@@ -186,8 +186,11 @@ class FittedModel:
         if [place.noun for place in places] != [phrase.phrase.noun for phrase in phrases]:
             plain, places = prompt, [phrase.phrase for phrase in phrases]  # read otherwise without its colours
         if plain not in self._found:
-            noise = torch.Generator().manual_seed(self.fit.seed)
-            self._found[plain] = phrase_regions(self.checkpoint, self.fit.lightness, plain, places, noise)
+            if self.fit.settings.color_prior:
+                self._found[plain] = response_regions(self.checkpoint, self.fit.lightness, plain, places)
+            else:
+                noise = torch.Generator().manual_seed(self.fit.seed)
+                self._found[plain] = phrase_regions(self.checkpoint, self.fit.lightness, plain, places, noise)
         return self._found[plain]
 
 
@@ -227,7 +230,10 @@ def recolor(
     ]
 
     # 5. Generate from the forward-diffused latent of the base picture, align, keep what must not change
-    z = checkpoint.encode(lock_luminance(base_chroma, fit.lightness)[None].to(checkpoint.device) * 2 - 1)
+    starts = [base_chroma] * len(prompts)
+    if settings.color_prior:  # [O] plus what the prior expects to differ under the prompt, exaggerated as in (7)
+        expected = checkpoint.prior_chroma(fit.lightness, [base_prompt, *prompts])
+        starts = list(base_chroma + alpha * (expected[1:] - expected[:1]))
     negative = without_colors(fit.context_prompt) if settings.stage2.negative_context else ""
     pictures: list[Tensor] = []
     for start in range(0, len(jobs), MAX_BATCH):
@@ -237,8 +243,10 @@ def recolor(
         owners = torch.tensor([index for index, job in enumerate(batch) for _ in job])
         regional = RegionalPrompts(owners, torch.stack([mask for job in batch for _, mask in job]))
         noise = torch.Generator().manual_seed(fit.seed)
-        sampling = settings.sampling
-        pictures += generate(checkpoint, fitted.unet, z, e_alpha, fit.lightness, sampling, noise, negative, regional)
+        z = checkpoint.encode_colored(fit.lightness, torch.stack(starts[start : start + MAX_BATCH]))
+        pictures += generate(
+            checkpoint, fitted.unet, z, e_alpha, fit.lightness, settings.sampling, noise, negative, regional
+        )
     results = []
     for prompt, phrases, generated in zip(prompts, all_phrases, pictures, strict=True):
         noise = torch.Generator().manual_seed(fit.seed)
@@ -246,6 +254,8 @@ def recolor(
         changed = [phrase.changed for phrase in phrases]
         if settings.stage2.keep_unchanged and not all(changed):  # the regions of changed nouns alone change [O]
             inside = fitted.regions(prompt, phrases)[changed].sum(dim=0)
+            if settings.alignment.propagate:
+                inside = propagate(inside[None], fit.lightness)[0].clamp(0, 1)
             chroma = inside * chroma + (1 - inside) * base_chroma
         nouns: tuple[ColorReport, ...] = ()
         if any(phrase.color is not None for phrase in phrases):

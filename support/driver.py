@@ -1,4 +1,4 @@
-"""`python -m support.driver`: the command `diffcolor`, with a preset `demo` of a few steps.
+"""`python -m support.driver`: the command `diffcolor`, with few steps in all presets.
 
 For tests of the pipeline. DIFFCOLOR_POISON makes three images hang, crash or exhaust the memory.
 """
@@ -13,7 +13,7 @@ from support.settings import QUICK
 from tasks import actors
 
 if __name__ == "__main__":
-    config.PRESETS["demo"] = QUICK
+    config.PRESETS |= dict.fromkeys(config.PRESETS, QUICK)
     worker = PoisonedWorker if "DIFFCOLOR_POISON" in os.environ else actors.ImageWorker
     with patch.object(actors, "ImageWorker", worker):
         app()

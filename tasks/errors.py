@@ -39,7 +39,3 @@ class CatalogError(ValueError):
 
 class MissingImageError(ValueError):
     """A catalog row names an image that the archive does not have."""
-
-
-class MissingPromptError(ValueError):
-    """An image without a context prompt."""

@@ -25,7 +25,7 @@ from tasks.layout import COMPACTED_PART, LOOSE_PART, MANIFEST, POINTER, RESULTS,
 from tasks.lease import is_run_open
 from tasks.storage import Store
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MISSING_OUTPUT = "MissingOutputError"
 """Error class of the rows that `verify --repair` has queued again."""
 MEMORY_LIMIT = "1GB"
@@ -129,6 +129,7 @@ _COLUMNS = (
         "The other columns of the image's catalog row (object id, rights, ...) as a JSON object; null if it has none.",
         since=4,
     ),
+    _Column("context_is_generic", pa.bool_(), "Nobody said what is in the picture: c is the generic prompt.", since=5),
 )
 
 SCHEMA = pa.schema(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 else:
     PresetName = Literal[tuple(PRESETS)]
 
+GENERIC_PROMPT = "a photograph"
+"""What is said of a picture of which nobody has said anything."""
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
@@ -39,14 +41,14 @@ class WhatOptions(_Options):
     catalog: str | None = None
     """CSV, JSONL or Parquet with the columns image, context_prompt and, optionally, target_prompt. Without this
     option, `catalog.csv` in the archive is taken if it is there."""
-    prompt: str | None = None
-    """Context prompt of every image for which the catalog has none."""
-    model: str = "demo"
-    """`demo`, a local diffusers folder, `stable-diffusion-v1-5/stable-diffusion-v1-5`, or another hub id at a commit:
-    `owner/name@commit`."""
-    preset: PresetName = "demo"
-    """Settings of the method. `demo` takes seconds on a CPU and suits the demo model; `paper` has the paper's
-    1500, 500 and 1000 steps, which need a GPU."""
+    prompt: Annotated[str, Field(min_length=1)] = GENERIC_PROMPT
+    """Context prompt of every image for which the catalog has none. It says what is in the picture."""
+    model: str = "photo"
+    """`photo`, the bundled model for photographs; `demo`, for rendered scenes; a local diffusers folder;
+    `stable-diffusion-v1-5/stable-diffusion-v1-5`; or another hub id at a commit: `owner/name@commit`."""
+    preset: PresetName | None = None
+    """Settings of the method, by default those that suit the model. `photo` and `demo` belong to the bundled models and
+    take seconds on a CPU; `paper` has the paper's 1500, 500 and 1000 steps, which need a GPU."""
     limit: AtLeastOne | None = None
     """Only the first images, in the order of their names: at most this many pairs of image and context prompt."""
 

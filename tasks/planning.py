@@ -17,7 +17,7 @@ import duckdb
 import pyarrow as pa
 
 from tasks.archive import CatalogRow, is_image_key, variant_name
-from tasks.errors import CatalogError, MissingImageError, MissingPromptError, NoManifestError
+from tasks.errors import CatalogError, MissingImageError, NoManifestError
 from tasks.manifest import MISSING_OUTPUT, connect
 from tasks.records import ImageWork, PlannedImage, RunConfig, Shard, Variant
 from tasks.storage import Store
@@ -105,8 +105,6 @@ class Plan:
             problem: ValueError | None = None
             if version is None:
                 problem = MissingImageError(f"catalog row {number} names {image!r}, which is not in the archive")
-            elif context is None:
-                problem = MissingPromptError("the catalog has no context prompt for it, and no --prompt was given")
             variants = tuple(Variant(variant_name(context, row[4]), row[4], row[8]) for row in rows)
             work = ImageWork(image, version or "", context, variants, problem)
             yield PlannedImage(work, tuple(row[7] for row in rows), tuple(row[9] for row in rows))

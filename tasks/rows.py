@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from diffcolor_core import __version__
+from tasks.options import GENERIC_PROMPT
 from tasks.records import PlannedImage, RunConfig
 from tasks.storage import joined
 
@@ -22,6 +23,7 @@ def base_row(config: RunConfig, planned: PlannedImage, index: int) -> Row:
         "input_uri": joined(config.options.archive, work.image_key),
         "input_version": work.version,
         "context_prompt": work.context_prompt,
+        "context_is_generic": work.context_prompt == GENERIC_PROMPT,
         "target_prompt": variant.target_prompt,
         "model_id": config.model_id,
         "model_revision": config.model_revision,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from diffcolor_core.config import preset as settings_preset
+from diffcolor_core.config import preset as settings_preset, preset_for
 from tasks.archive import COLUMNS, RECOLOR_COLUMNS, read_catalog
 from tasks.lease import last_record
 from tasks.options import PictureOptions, RecolorOptions, RunOptions
@@ -49,14 +49,14 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
     from tasks.planning import open_plan, output_below  # slow: DuckDB
 
     output_below(source, target)
-    settings = settings_preset(options.preset, options.overrides)
+    settings = settings_preset(options.preset or preset_for(options.model), options.overrides)
     whole_archive = isinstance(asked, RunOptions)
     required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
     with open_plan(read_catalog(source, options.catalog, required)) as plan:
-        from diffcolor_core.models import identify  # slow: torch
+        from diffcolor_core.models import BUNDLES, identify  # slow: torch
 
         # Like the addresses of the stores: actors, and a later `recolor`, may run in another folder.
-        is_folder = options.model != "demo" and os.path.isdir(options.model)
+        is_folder = options.model not in BUNDLES and os.path.isdir(options.model)
         model = os.path.abspath(options.model) if is_folder else options.model
         model_id, model_revision = identify(model)
         addresses = {"archive": source.address, "output": target.address, "model": model}

@@ -23,27 +23,29 @@ from flows.cli.common import (
     print_table,
 )
 from flows.cli.options import checked, flag, overrides_of, with_flags
-from tasks.options import RecolorOptions, RunOptions, flow_arguments
+from tasks.options import GENERIC_PROMPT, RecolorOptions, RunOptions, flow_arguments
 
 SAMPLES = Path(__file__).parents[2] / "examples"
 DEMO_MODEL = (
     "the model `demo` has seen nothing but six kinds of solids on a table, so on other pictures its colours mean "
-    "nothing: it only shows that the pipeline works. For real photographs give --model, for example "
-    "stable-diffusion-v1-5/stable-diffusion-v1-5, with --preset paper"
+    "nothing. For real photographs leave --model out, or give a larger model, for example "
+    "stable-diffusion-v1-5/stable-diffusion-v1-5"
 )
 
 
 @app.command()
 def colorize(
     image: Annotated[Path, typer.Argument(help="The scan: PNG, JPEG, TIFF, WebP, JPEG 2000, PGM, ...")],
-    prompt: Annotated[str, typer.Option(help="What is in it: 'a ball and a box on a table before a wall'.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results. It is made if need be.")],
+    prompt: Annotated[
+        str, typer.Option(help="What is in it: `a church behind trees beside a river`.")
+    ] = GENERIC_PROMPT,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Colours to give: 'a *red* ball and a *blue* box ...'. Repeatable: one fit serves all."),
     ] = None,
-    model: ModelOption = "demo",
-    preset: PresetOption = "demo",
+    model: ModelOption = "photo",
+    preset: PresetOption = None,
     set_: SetOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -60,17 +62,18 @@ def colorize(
     Writes primary.png (colours from the prompt alone) and target-1.png, target-2.png, ... into OUTPUT,
     each with the scan's metadata and marked as machine-colorized.
 
-    Example: `diffcolor colorize scan.png --prompt "a ball and a box on a table before a wall" --target
-    "a red ball and a blue box on a green table before a yellow wall" -o out/one`
+    Example: `diffcolor colorize scan.jpg --prompt "a wooden church on a hill under a sky" --target
+    "a brown wooden church on a green hill under a blue sky" -o out/one`
     """
     if not image.exists():
         raise fail(f"there is no picture at '{image}'", 2)
     from diffcolor_core import DiffColor, DivergedError, preset as settings_preset, read_scan
+    from diffcolor_core.config import preset_for
     from diffcolor_core.formats import SUFFIX, encode
 
     targets = target or []
     try:
-        settings = settings_preset(preset, overrides_of(set_))
+        settings = settings_preset(preset or preset_for(model), overrides_of(set_))
         scan = read_scan(image)
         pipe = DiffColor.from_pretrained(model, settings=settings, device=device_of(device))
     except (ValueError, OSError) as error:

@@ -26,7 +26,7 @@ notes = Console(stderr=True)
 """Progress and remarks, which --quiet leaves out."""
 
 ModelOption = Annotated[str, flag("model")]
-PresetOption = Annotated[PresetName, flag("preset")]
+PresetOption = Annotated[PresetName | None, flag("preset")]
 SetOption = Annotated[list[str] | None, flag("overrides")]
 SeedOption = Annotated[int, flag("seed")]
 DeviceOption = Annotated[

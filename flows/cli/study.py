@@ -10,7 +10,6 @@ from rich.table import Column, Table
 
 from flows.cli.common import (
     DeviceOption,
-    ModelOption,
     PresetOption,
     SeedOption,
     SetOption,
@@ -21,13 +20,17 @@ from flows.cli.common import (
     fail,
     overrides_of,
 )
+from flows.cli.options import flag
 
 
 @app.command()
 def study(
     task: Annotated[
-        Literal["automatic", "full-prompt", "edit"],
-        typer.Option(help="Colours in the prompt. `automatic`: none. `full-prompt`: all. `edit`: one is changed."),
+        Literal["uncaptioned", "automatic", "full-prompt", "edit"],
+        typer.Option(
+            help="Colours in the prompt. `automatic`: none. `full-prompt`: all. `edit`: one is changed. "
+            "`uncaptioned` (with --photos): no caption at all."
+        ),
     ] = "full-prompt",
     method: Annotated[
         list[str] | None,
@@ -35,8 +38,8 @@ def study(
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Number of scenes, or of photographs at most.")] = 20,
     seed: SeedOption = 0,
-    model: ModelOption = "demo",
-    preset: PresetOption = "demo",
+    model: Annotated[str | None, flag("model")] = None,
+    preset: PresetOption = None,
     set_: SetOption = None,
     device: DeviceOption = "auto",
     judge: Annotated[
@@ -75,15 +78,18 @@ def study(
         from diffcolor_study.about import about
         from diffcolor_study.methods import METHODS
         from diffcolor_study.perceptual import Perceptual
-        from diffcolor_study.photographs import run_photographs
+        from diffcolor_study.photographs import FLAT, run_photographs
         from diffcolor_study.runner import run_study, summarise
     except ModuleNotFoundError as error:
         raise fail(f"`study` needs {error.name}: pip install 'diffcolor-archive[study]'", 2) from error
     from diffcolor_core import __version__, preset as settings_preset
+    from diffcolor_core.config import preset_for
     from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]
     if methods == ["list"]:
+        for name, described in FLAT.items():
+            typer.echo(f"{name:22}with --photos: {described}")
         for name, known in METHODS.items():
             typer.echo(f"{name:22}{known.description}")
         return
@@ -92,6 +98,8 @@ def study(
         if perceptual and photos is None:
             raise ValueError("--perceptual compares photographs: give --photos")
         networks = Perceptual.load() if perceptual else None
+        model = model or ("demo" if photos is None else "photo")
+        preset = preset or preset_for(model)
         settings = settings_preset(preset, overrides_of(set_))
         checkpoint = load_checkpoint(model, device=device_of(device))
         judge = judge or (str(DEMO_JUDGE) if model == "demo" else None)
@@ -105,14 +113,14 @@ def study(
             common: dict[str, Any] = {"methods": methods, "num": num, "seed": seed, "progress": show}
             common |= {"folder": keep or Path(temporary), "judge": judging}
             if photos is not None:
-                figures = run_photographs(checkpoint, settings, photos, perceptual=networks, **common)
+                figures = run_photographs(checkpoint, settings, photos, task=task, perceptual=networks, **common)
             else:
                 figures = run_study(checkpoint, settings, task=task, **common)
     except (ValueError, OSError) as error:
         raise fail(error, 2) from error
     summary = summarise(figures)
     for name, values in summary.items():
-        title = f"{name}: {METHODS[name].description}"
+        title = f"{name}: {METHODS[name].description if name in METHODS else FLAT[name]}"
         others = ("mean", "95% interval", "scenes", f"minus {methods[0]}, 95% interval")
         table = Table(Column("figure", no_wrap=True), *others, title=title)
         for figure, value in values.items():
@@ -124,7 +132,7 @@ def study(
     if json_file is not None:
         gpu = torch.cuda.get_device_name(checkpoint.device) if checkpoint.device.type == "cuda" else None
         record: dict[str, Any] = {
-            "task": task if photos is None else "photographs",
+            "task": task if photos is None else f"photographs, {task}",
             "seed": seed,
             "preset": preset,
             "settings": settings.model_dump(mode="json"),

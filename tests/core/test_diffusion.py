@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 
 from diffcolor_core.diffusion import add_noise, clean_estimate, ddim_sample, ddim_timesteps, training_target
 
-KINDS = ("epsilon", "v_prediction")
+KINDS = ("epsilon", "v_prediction", "sample")
 
 
 def schedule(kind: str, **kwargs) -> DDIMScheduler:

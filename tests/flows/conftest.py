@@ -30,5 +30,6 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`demo` with a few steps: what is tested here is the pipeline."""
-    monkeypatch.setitem(config.PRESETS, "demo", QUICK)
+    """All presets with a few steps: what is tested here is the pipeline."""
+    for name in config.PRESETS:
+        monkeypatch.setitem(config.PRESETS, name, QUICK)

@@ -236,7 +236,7 @@ def test_a_flag_counts_before_a_variable_and_a_variable_before_the_file(run, flo
     monkeypatch.setenv("DIFFCOLOR_NUM_ACTORS", "2")
     run("run", "--seed", 3, "--no-keep-fits")
     (options,) = flow_called
-    assert (options.archive, options.output, options.preset) == ("in-file", "out-file", "demo")
+    assert (options.archive, options.output, options.preset) == ("in-file", "out-file", None)
     assert (options.seed, options.num_actors, options.limit, options.keep_fits) == (3, 2, 1, False)
     assert options.overrides == {"batch_size": 1}
     run("run", "in", "out", "--set", "stage2.adapter_rank=4")

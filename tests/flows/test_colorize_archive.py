@@ -15,6 +15,7 @@ from prefect.states import Running
 from diffcolor_core import read_scan
 from flows.colorize_archive import colorize_archive
 from flows.recolor_archive import recolor_archive
+from support.pictures import gray_picture
 from tasks.errors import ManifestError, OutputBusyError
 from tasks.lease import hold_output
 from tasks.manifest import query
@@ -108,6 +109,19 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
     assert colorize_archive(**arguments) == {"ok": 5, "quarantined": 1, "failed": 0, "done_before": 5}
     assert len(files(output) - found) == 4  # part, the run's record and end, picture
     assert ask(output, "select count(*) from attempts where fit_reused") == [(1,)]
+
+
+def test_an_archive_without_captions_is_coloured_all_the_same(tmp_path):
+    """With the bundled model for photographs, as a stranger's first run has it."""
+    archive, output = tmp_path / "scans", tmp_path / "out"
+    archive.mkdir()
+    Image.fromarray(gray_picture(120, 90)).save(archive / "one.png")
+    assert colorize_archive(str(archive), str(output))["ok"] == 1
+    rows = ask(output, "select model_id, context_prompt, context_is_generic, status, colorfulness from results")
+    assert [row[:4] for row in rows] == [("photo", "a photograph", True, "ok")]
+    colorize_archive(str(archive), str(output), prompt="a hill under a sky")
+    rows = ask(output, "select context_prompt, context_is_generic from results order by all")
+    assert rows == [("a hill under a sky", False), ("a photograph", True)]
 
 
 def test_changed_content_is_coloured_again(small_archive, tiny_folder, tmp_path):

@@ -57,7 +57,7 @@ def output(store):
 def test_the_schema_has_the_promised_columns_each_documented():
     added = {"input_version", "pages_left_out", "access_uri", "alpha_scores", "nouns", "generation", "output_bytes"}
     added |= {"fit_uri", "fit_bytes", "fit_reused", "adopted_from", "fallback", "access_sha256", "primary_sha256"}
-    added |= {"catalog_columns"}
+    added |= {"catalog_columns", "context_is_generic"}
     assert [name for name in SCHEMA.names if name not in added] == ISSUE_COLUMNS
     for field in SCHEMA:
         assert field.metadata[b"description"]
@@ -69,7 +69,7 @@ def test_a_part_keeps_types_and_documentation(tmp_path):
     (tmp_path / "p.parquet").write_bytes(encode_part([row(width_px=7)]))
     schema = pq.read_schema(tmp_path / "p.parquet")
     assert schema.equals(SCHEMA)
-    assert schema.metadata[b"diffcolor.schema_version"] == b"4"
+    assert schema.metadata[b"diffcolor.schema_version"] == b"5"
     assert schema.field("width_px").metadata[b"unit"] == b"px"
 
 

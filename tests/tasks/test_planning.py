@@ -7,9 +7,9 @@ from hypothesis import given, settings, strategies as st
 
 from diffcolor_core import preset
 from tasks.archive import CatalogRow, variant_name
-from tasks.errors import CatalogError, MissingImageError, MissingPromptError
+from tasks.errors import CatalogError, MissingImageError
 from tasks.manifest import commit_part, compact
-from tasks.options import RunOptions
+from tasks.options import GENERIC_PROMPT, RunOptions
 from tasks.planning import open_plan, output_below, shard_sizes
 from tasks.records import RunConfig
 from tasks.storage import Store
@@ -114,16 +114,11 @@ def test_images_and_prompts_are_joined(archive, output):
         ("0.png", "another", [None]),
         ("0.png", "c", ["red", "blue"]),
         ("gone.png", "c", [None]),
-        ("letter.doc", None, [None]),
-        ("unlisted.jpg", None, [None]),
+        ("letter.doc", GENERIC_PROMPT, [None]),
+        ("unlisted.jpg", GENERIC_PROMPT, [None]),
     ]
-    assert [type(w.problem) for w in work] == [
-        type(None),
-        type(None),
-        MissingImageError,
-        MissingPromptError,
-        MissingPromptError,
-    ]
+    assert [w.image_key for w in work if isinstance(w.problem, MissingImageError)] == ["gone.png"]
+    assert [w.problem for w in work].count(None) == 4
     assert "catalog row 4" in str(work[2].problem)
     assert planned(archive, output, catalog[:2], whole_archive=False)[0] == [("0.png", ["red", "blue"], (1, 1))]
     assert len(planned(archive, output, catalog, prompt="a thing")[0]) == 5

@@ -94,7 +94,7 @@ def test_the_file_is_the_view_sorted_and_described(output):
         key.decode(): value.decode() for key, value in file.metadata.metadata.items() if key.startswith(b"diffcolor.")
     }
     assert (facts["diffcolor.schema_version"], facts["diffcolor.rows"], facts["diffcolor.generation"]) == (
-        "4",
+        "5",
         "7",
         "3",
     )
