@@ -1,7 +1,7 @@
 """A training loop that checkpoints and resumes exactly.
 
 AdamW's state, its schedule and the moving average are torch's and diffusers'. A checkpoint is one
-safetensors file: weights, their average, and the optimizer's state flattened by parameter name.
+safetensors file: weights, their average, buffers, and the optimizer's state flattened by parameter name.
 """
 
 import time
@@ -33,7 +33,7 @@ def step_rng(seed: int, part: str, step: int) -> np.random.Generator:
 
 def rate_factor(step: int, num_steps: int) -> float:
     """The learning rate at a step (from 0), as a fraction of its peak: a linear warm-up times a linear fall."""
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - step / num_steps)
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.0, 1 - step / max(num_steps, 1))
 
 
 def fit_part(
@@ -94,6 +94,7 @@ def _save(path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optim
     parameters = dict(module.named_parameters())
     tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in parameters.items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in zip(parameters, ema.shadow_params, strict=True)}
+    tensors |= {f"buffer.{name}": buffer for name, buffer in _buffers(module).items()}
     tensors |= _state_of(get_optimizer_state_dict(module, optimizer, options=_FLAT))
     partial = path.with_suffix(".partial")
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, {"step": str(step)})
@@ -108,11 +109,19 @@ def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: 
         for (name, parameter), average in zip(module.named_parameters(), ema.shadow_params, strict=True):
             parameter.copy_(file.get_tensor(f"weight.{name}"))
             average.copy_(file.get_tensor(f"ema.{name}"))
+        for name, buffer in _buffers(module).items():
+            buffer.copy_(file.get_tensor(f"buffer.{name}"))
         ema.optimization_step = step
         fresh = get_optimizer_state_dict(module, optimizer, options=_FLAT)  # with the settings of the groups
         stored = {name: file.get_tensor(name) for name in _state_of(fresh)}
     set_optimizer_state_dict(module, optimizer, fresh | stored, options=_FLAT)
     return step
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
 
 
 def _state_of(flat: Mapping[str, object]) -> dict[str, Tensor]:

@@ -138,9 +138,12 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
     clip.half().save_pretrained(folder, safe_serialization=True)
     clip.float()
     tokenizer.save_pretrained(folder)
-    size = {"height": SIZE_PX, "width": SIZE_PX}
+    side = int(clip.config.vision_config.image_size)
     CLIPImageProcessor(
-        size={"shortest_edge": SIZE_PX}, crop_size=size, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
     ).save_pretrained(folder)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from diffcolor_core.color import lab_to_srgb, lightness_of, srgb_to_lab
 from diffcolor_core.color_terms import hue_of
 
 SHORT_SIDE_PX = 160  # of the pictures in memory
+SIDE_PX = 96  # of the squares that the model is trained on
+PLATE_SHARE = 0.85  # of a batch
 BLOCK = 12  # neighbouring plates show the same place: whole blocks are held out
 
 
@@ -64,6 +67,16 @@ def _split_of(row: dict[str, str]) -> str:
     return row["split"]
 
 
+def draw_photos(photos: list[Photo], rng: np.random.Generator, size: int) -> list[Photo]:
+    """A batch, `PLATE_SHARE` of it plates."""
+    plates = [p for p in photos if p.plate]
+    others = [p for p in photos if not p.plate]
+    return [
+        group[int(rng.integers(len(group)))]
+        for group in (plates if rng.random() < PLATE_SHARE else others for _ in range(size))
+    ]
+
+
 def random_crop(photo: Photo, side_px: int, rng: np.random.Generator) -> Tensor:
     """A square of 60 to 100% of the shorter side, half of them mirrored.
 
@@ -84,13 +97,13 @@ _LIGHTNESS = lightness_of(torch.linspace(0, 1, 1025).view(1, 1, -1).expand(3, -1
 def random_lightness(crops: Tensor, rng: np.random.Generator) -> Tensor:
     """L* [B, 1, h, w] as a random emulsion would have recorded the pictures `crops` [B, 6, h, w].
 
-    Half are today's luminance. The others mix the channels at random, mostly blue and green: old
+    Seven in ten are today's luminance. The others mix the channels at random, mostly blue and green: old
     plates hardly saw red. Exposure, gamma and contrast vary too.
     """
     values = []
     for crop in crops:
         gray = crop[3:4]
-        if rng.random() < 0.5:
+        if rng.random() < 0.3:
             weights = torch.from_numpy(rng.dirichlet((0.6, 1.5, 1.5))).to(crop)
             gray = _LIGHTNESS[((weights[:, None, None] * crop[:3]).sum(dim=0, keepdim=True) * 1024).long()]
         if rng.random() < 0.7:
@@ -129,6 +142,34 @@ def rotated_words(caption: str, degrees: float) -> str:
     return " ".join(words)
 
 
+def recolored(ab: Tensor, caption: str, rng: np.random.Generator) -> tuple[Tensor, str]:
+    """One hue of the picture turned to another or to gray, in a*b* [2, h, w] and in the caption.
+
+    Regions are what has the hue of a colour word. So the word of one noun comes to decide about that noun only. Both
+    are unchanged where the caption names no hue, or the picture does not show it.
+    """
+    words = [word for word in caption.split(" ") if _hue(_PLAIN.get(word, word)) is not None]
+    if not words:
+        return ab, caption
+    hue = _hue(_PLAIN.get(word := str(rng.choice(words)), word)) or 0.0
+    wanted = str(rng.choice([*(n for n, other in _HUES.items() if abs(_turn(other, hue)) > 40), "gray", "white"]))
+    chroma, angle = ab.norm(dim=0), torch.rad2deg(torch.atan2(ab[1], ab[0]))
+    share = ((45 - _turn(angle, hue).abs()) / 15).clamp(0, 1) * ((chroma - 3) / 4).clamp(0, 1)
+    if share.mean() < 0.02:
+        return ab, caption
+    turned = torch.deg2rad(torch.tensor(_HUES.get(wanted, hue)) + 0.5 * _turn(angle, hue))
+    strength = chroma.clamp(min=18) if wanted in _HUES else 0.1 * chroma
+    other = torch.stack((strength * turned.cos(), strength * turned.sin()))
+    spoken = [wanted if word in words and abs(_turn(_hue(_PLAIN.get(word, word)) or 0.0, hue)) < 30 else word
+              for word in caption.split(" ")]  # fmt: skip
+    return ab + share * (other - ab), " ".join(spoken)
+
+
+def _turn(angle: Any, start: float) -> Any:
+    """From `start` to `angle`, degrees in [-180, 180)."""
+    return (angle - start + 180) % 360 - 180
+
+
 def _hue(word: str) -> float | None:
     try:
         return hue_of(word)
@@ -146,14 +187,17 @@ def is_color_word(word: str) -> bool:
 
 
 def draw_caption(photo: Photo, rng: np.random.Generator) -> tuple[str, bool]:
-    """A caption and whether it tells colours: none 20%, without 30%, with colour words (some left out) 50%."""
+    """A caption and whether it tells colours: a generic one or none 30%, without 20%, with colour words 50%.
+
+    Up to half of the words are left out, for a whole caption is a fingerprint by which a photograph can be learned by
+    heart.
+    """
     draw = rng.random()
-    if draw < 0.2:
-        return "", False
-    if draw < 0.5 or not photo.target:
-        return photo.context, False
-    words = [w for w in photo.target.split(" ") if not (is_color_word(w) and rng.random() < 0.12)]
-    return " ".join(words), True
+    if draw < 0.3:
+        return str(rng.choice(("", "a photograph"))), False
+    caption, colored = (photo.context, False) if draw < 0.5 or not photo.target else (photo.target, True)
+    left_out = rng.uniform(0, 0.5)
+    return " ".join(word for word in caption.split(" ") if rng.random() >= left_out), colored
 
 
 def captions_of(photos: Sequence[Photo]) -> list[str]:

@@ -12,7 +12,7 @@ from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.color import lightness_of, lock_luminance
 from diffcolor_core.config import preset
-from diffcolor_core.models import DEMO_FOLDER, load_checkpoint
+from diffcolor_core.models import BUNDLES, load_checkpoint
 from diffcolor_core.prompts import noun_phrases
 from diffcolor_core.regions import phrase_regions
 from diffcolor_core.stage2 import reconstruction_loss
@@ -28,7 +28,7 @@ def scenes(count: int):
 
 
 def test_the_bundle_is_small_and_half_precision():
-    files = [path for path in DEMO_FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in BUNDLES["demo"].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30e6
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert len(weights) == 4
@@ -41,7 +41,7 @@ def test_the_bundle_is_small_and_half_precision():
 def test_diffusers_own_pipeline_loads_the_same_folder():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, use_safetensors=True, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(BUNDLES["demo"], use_safetensors=True, torch_dtype=torch.float32)
     image = pipe("a red ball on a table", num_inference_steps=2, height=64, width=64, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
 
