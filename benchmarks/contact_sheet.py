@@ -1,6 +1,6 @@
 """One picture of a run: scan, primary and target of each result, with its prompt. Draws docs/demo.jpg.
 
-make demo && python -m benchmarks.contact_sheet out/demo docs/demo.jpg     (seconds)
+make demo && python -m benchmarks.contact_sheet out/photographs docs/demo.jpg --truth out/truth     (seconds)
 """
 
 import textwrap
@@ -28,6 +28,7 @@ def main(
     sheet: Annotated[Path, typer.Argument(help="PNG or JPEG to write.")],
     columns: Annotated[int, typer.Option(help="Results in each line.")] = 2,
     limit: Annotated[int, typer.Option(help="Draw at most this many results.")] = 24,
+    truth: Annotated[Path | None, typer.Option(help="Folder of the originals, by the scans' keys.")] = None,
 ) -> None:
     """Draw the contact sheet."""
     rows = query(Store(output), SQL).fetchall()[:limit]
@@ -43,8 +44,9 @@ def main(
         axes[line, first].set_title(f"scan: {key[:28]}", fontsize=7)
         axes[line, first + 1].imshow(mpimg.imread(primary_uri))
         axes[line, first + 1].set_title("primary (no colours given)", fontsize=7)
-        axes[line, first + 2].imshow(mpimg.imread(output_uri))
-        axes[line, first + 2].set_title("\n".join(textwrap.wrap(target or "", 42)[:4]), fontsize=6)
+        last, title = (output_uri, target or "") if truth is None else (truth / key, "original")
+        axes[line, first + 2].imshow(mpimg.imread(last))
+        axes[line, first + 2].set_title("\n".join(textwrap.wrap(title, 42)[:4]), fontsize=6)
     figure.tight_layout()
     figure.savefig(sheet, dpi=100)
 

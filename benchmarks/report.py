@@ -14,6 +14,7 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffcolor_study.methods import METHODS
+from diffcolor_study.photographs import FLAT
 
 TEMPLATE = Path(__file__).with_name("results.md.jinja")
 CAPTIONS = {
@@ -26,6 +27,10 @@ CAPTIONS = {
     "colorfulness_distance": ("distance to truth's colourfulness", ".2f"),
     "clip_similarity": ("CLIP (judge)", ".3f"),
     "anti_color_look": ("anti-colour look", ".2f"),
+    "delta_e": ("ΔE_ab", ".1f"),
+    "delta_e_ratio": ("ΔE, share of gray's", ".2f"),
+    "better_than_gray": ("better than gray", ".2f"),
+    "colorfulness_share": ("colourfulness, share of truth's", ".2f"),
     "psnr": ("PSNR, dB", ".1f"),
     "ssim": ("SSIM", ".3f"),
     "ssim_l": ("SSIM of L\\*", ".3f"),
@@ -46,7 +51,7 @@ def table(methods: dict[str, Method], figures: list[str] | None = None) -> str:
     titles = ["method", "what it is", "scenes", *(CAPTIONS[f][0] for f in shown)]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, row in methods.items():
-        described = METHODS[name].description if name in METHODS else "removed"
+        described = METHODS[name].description if name in METHODS else FLAT.get(name, "removed")
         scenes = max(row[f]["scenes"] for f in shown if f in row)
         cells = [interval(row[f], CAPTIONS[f][1]) if f in row else "" for f in shown]
         lines.append(" | ".join([f"| `{name}`", described, str(scenes), *cells]) + " |")

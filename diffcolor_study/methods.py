@@ -16,12 +16,13 @@ class Method:
     fit_on_target: bool = False
 
 
-def _with(**changes: dict[str, Any]) -> Callable[[Settings], Settings]:
-    """A change of some settings: `_with(stage1={"num_steps": 0})`."""
+def _with(**changes: Any) -> Callable[[Settings], Settings]:
+    """A change of some settings: `_with(color_prior=False, stage1={"num_steps": 0})`."""
 
     def derive(settings: Settings) -> Settings:
         fields = settings.model_dump()
-        return Settings.model_validate(fields | {part: fields[part] | values for part, values in changes.items()})
+        merged = {name: fields[name] | new if isinstance(new, dict) else new for name, new in changes.items()}
+        return Settings.model_validate(fields | merged)
 
     return derive
 
@@ -39,8 +40,10 @@ def _steps(factor: float) -> Callable[[Settings], Settings]:
 
 _PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False}
 _NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alpha": 1.0, **_PAPERS}
-_PLAIN: dict[str, Any] = {"stage1": {"enabled": False}, "alignment": {"enabled": False}}
-_OFF = {"project_luminance": False}
+_PLAIN: dict[str, Any] = {"color_prior": False, "stage1": {"enabled": False}, "alignment": {"enabled": False}}
+_OFF = {"project_luminance": False, "strength": 0.8}
+_TRAINED = {"num_steps": 24, "learning_rate": 2e-5, "temperature": 0.05, "max_timestep": 0.6, "num_views": 2}
+_FITTED = {"embedding_steps": 40, "embedding_learning_rate": 1e-2, "model_steps": 40, "model_learning_rate": 1e-3}
 
 
 def chosen_methods(names: Iterable[str]) -> dict[str, Method]:
@@ -59,7 +62,7 @@ METHODS: dict[str, Method] = {
     ),
     "img2img-projected": Method(_with(**_PLAIN, stage2=_NO_FIT), "img2img with luminance projection at each step"),
     "text-to-image": Method(
-        _with(**_PLAIN, stage2=_NO_FIT, sampling={"strength": 1.0, **_OFF}), "from pure noise, luminance lock"
+        _with(**_PLAIN, stage2=_NO_FIT, sampling={**_OFF, "strength": 1.0}), "from pure noise, luminance lock"
     ),
     "imagic": Method(
         _with(**_PLAIN, stage2={"alpha": 1.2, **_PAPERS}, sampling=_OFF),
@@ -90,6 +93,18 @@ METHODS: dict[str, Method] = {
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
     "no-projection": Method(_with(sampling=_OFF), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
+    "no-propagation": Method(_with(alignment={"propagate": False}), "chroma not solved for anew along edges"),
+    # what is off in preset `photo`
+    "unet": Method(
+        _with(color_prior=False, sampling={"strength": 0.8}), "sampled from the gray picture, without the colour prior"
+    ),
+    "sampled": Method(_with(sampling={"strength": 0.3}), "sampled from the colour prior's picture at strength 0.3"),
+    "stage1-trained": Method(
+        _with(stage1=_TRAINED, sampling={"strength": 0.3}), "`sampled`, with stage 1's training by equation (3)"
+    ),
+    "stage2-fitted": Method(
+        _with(stage2=_FITTED, sampling={"strength": 0.3}), "`sampled`, with stage 2's fits by equations (5) and (6)"
+    ),
     # ablations of both stages
     "half-steps": Method(_steps(0.5), "half the optimisation steps"),
     "double-steps": Method(_steps(2), "twice the optimisation steps"),

@@ -67,10 +67,11 @@ def _score_one(
     gray = case.gray.encode_png()
     # In the edit task the picture is coloured already, so stage 1 is skipped.
     context = case.prompt if method.fit_on_target and case.prompt is not None else case.context_prompt
-    fit = pipe.fit(gray, context, seed=seed, primary=case.start)
     target = None if method.fit_on_target and case.start is None else case.prompt
     if target is None and not pipe.settings.stage1.enabled:
         target = case.context_prompt  # without stage 1 the fit is gray: its own caption colours it
+    only = target is None and case.edited is None
+    fit = pipe.fit(gray, context, seed=seed, primary=case.start, primary_only=only)
     result = pipe.recolor(fit, target)
     lab = lab_of(_saved(result.image, stem))
     own = lab_of(case.gray)

@@ -11,13 +11,18 @@ from diffcolor_study.pictures import lab_of
 from diffcolor_study.scenes import Scene, nearest_color, reference_colors
 
 BAND_PX = 3  # width of the ring around a region in a picture of side 64; scaled with the side
+BORDER_PX = 3  # so near to a region's border colours are those of halos
 
 
 def eroded(mask: Tensor, radius: int = 1) -> Tensor:
     """The pixels of a mask [H, W] whose whole neighbourhood is covered; all its pixels if there are none."""
-    size = 2 * radius + 1
-    inner = -F.max_pool2d(-mask[None, None], size, stride=1, padding=radius)[0, 0] > 0.99
+    inner = _without_rim(mask, radius)
     return inner if bool(inner.any()) else mask > 0.5
+
+
+def _without_rim(mask: Tensor, width_px: int) -> Tensor:
+    size = 2 * width_px + 1
+    return -F.max_pool2d(-mask[None, None], size, stride=1, padding=width_px)[0, 0] > 0.99
 
 
 def region_colors(picture: Picture, scene: Scene) -> list[str]:
@@ -32,13 +37,15 @@ def region_scores(case: Case, lab: Tensor) -> dict[str, float]:
     object_color_accuracy: share of the regions with a hue asked whose median a*b* is nearest to it.
     neutral_accuracy: the same for black, gray and white. all_right_per_image: 1 if every region is right.
     ab_distance: mean distance from a region's median a*b* to the reference colour. chroma: mean of the
-    regions with a hue asked. A figure is NaN where nothing of its kind was asked.
+    regions with a hue asked. border_wrong: share of the pixels within `BORDER_PX` inside a region's border whose
+    own colour is not the one asked for. A figure is NaN where nothing of its kind was asked.
     """
     references = reference_colors()
     hues: list[bool] = []
     neutrals: list[bool] = []
     distances: list[float] = []
     chromas: list[float] = []
+    at_border: list[bool] = []
     for word, mask in zip(case.asked, case.scene.masks, strict=True):
         if word is None:
             continue
@@ -47,6 +54,8 @@ def region_scores(case: Case, lab: Tensor) -> dict[str, float]:
         distances.append(math.dist((a, b), references[word]))
         if word != "neutral":
             chromas.append(math.hypot(a, b))
+        rim = (mask > 0.99) & ~_without_rim(mask, BORDER_PX)
+        at_border += [nearest_color(a, b) != word for a, b in lab[1:, rim].T.tolist()]
     every = [*hues, *neutrals]
     return {
         "object_color_accuracy": _mean(hues),
@@ -54,6 +63,7 @@ def region_scores(case: Case, lab: Tensor) -> dict[str, float]:
         "all_right_per_image": float(all(every)) if every else math.nan,
         "ab_distance": _mean(distances),
         "chroma": _mean(chromas),
+        "border_wrong": _mean(at_border),
     }
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -6,30 +8,57 @@ import torch
 from diffcolor_core import Picture
 from diffcolor_core.models import load_checkpoint
 from diffcolor_study.perceptual import Perceptual
-from diffcolor_study.photographs import fidelity, run_photographs
+from diffcolor_study.photographs import Photograph, _draw_edit, fidelity, run_photographs
 from support.settings import QUICK
 
 
 def test_photographs_are_compared_with_what_they_were(tiny_folder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
     picture = Picture(pixels)
-    assert fidelity(picture, picture) == {
-        "psnr": 100.0,
-        "ssim": pytest.approx(1),
-        "ssim_l": pytest.approx(1),
-        "colorfulness": pytest.approx(fidelity(picture, picture)["colorfulness"]),
-        "colorfulness_distance": 0.0,
-    }
+    same = fidelity(picture, picture)
+    assert (same["psnr"], same["delta_e"], same["colorfulness_share"], same["better_than_gray"]) == (100, 0, 1, 1)
+    assert same["ssim"] == pytest.approx(1) == same["ssim_l"]
     picture.save(tmp_path / "one.png")
     (tmp_path / "catalog.csv").write_text("image,context_prompt,target_prompt\none.png,a ball,a red ball\n")
     checkpoint = load_checkpoint(str(tiny_folder))
-    common = {"methods": ["full"], "num": 5, "seed": 0, "folder": tmp_path / "out"}
-    figures = run_photographs(checkpoint, QUICK, tmp_path, judge=checkpoint, **common)
+    common = {"num": 5, "seed": 0, "folder": tmp_path / "out"}
+    methods = ["full", "gray", "flat-tint"]
+    figures = run_photographs(
+        checkpoint, QUICK, tmp_path, task="full-prompt", methods=methods, judge=checkpoint, **common
+    )
     assert figures["full"]["ssim_l"][0] > 0.99
     assert len(figures["full"]["clip_similarity"]) == 1
+    assert figures["gray"]["delta_e_ratio"][0] == pytest.approx(1, abs=0.02)
+    assert figures["gray"]["colorfulness_share"][0] < 0.02
+    assert figures["flat-tint"]["delta_e_of_gray"] == figures["gray"]["delta_e_of_gray"]
+    with pytest.raises(ValueError, match="no task 'colour'"):
+        run_photographs(checkpoint, QUICK, tmp_path, task="colour", methods=[], **common)
     (tmp_path / "catalog.csv").write_text("file\none.png\n")
     with pytest.raises(ValueError, match="needs rows"):
-        run_photographs(load_checkpoint(str(tiny_folder)), QUICK, tmp_path, methods=[], num=1, seed=0, folder=tmp_path)
+        run_photographs(checkpoint, QUICK, tmp_path, task="automatic", methods=[], **common)
+
+
+def test_an_edit_changes_a_word_whose_region_the_original_shows(tiny_folder, tmp_path):
+    """The left half is red, the right half gray: only the red one can be asked for in another colour."""
+    pixels = np.full((64, 64, 3), 128, np.uint8)
+    pixels[:, :32] = (190, 90, 80)
+    truth = Picture(pixels)
+    photograph = Photograph("one", truth, b"", "a wall and a field", "a red wall and a gray field")
+    edits = [_draw_edit(photograph, np.random.default_rng(seed)) for seed in range(8)]
+    assert len({edit.prompt for edit in edits}) > 2
+    for edit in edits:
+        assert edit.prompt.endswith(" wall and a gray field")
+        assert (edit.region[:, :32].mean(), edit.region[:, 32:].mean()) == (1, 0)
+    assert _draw_edit(replace(photograph, target="a blue wall and a gray field"), np.random.default_rng(0)) is None
+
+    truth.save(tmp_path / "one.png")
+    (tmp_path / "catalog.csv").write_text(
+        "image,context_prompt,target_prompt,split\none.png,a wall and a field,a red wall and a gray field,test\n"
+    )
+    checkpoint = load_checkpoint(str(tiny_folder))
+    common = {"num": 1, "seed": 0, "folder": tmp_path / "out"}
+    figures = run_photographs(checkpoint, QUICK, tmp_path, task="edit", methods=["full"], **common)
+    assert {"region_turned", "delta_e_elsewhere"} <= figures["full"].keys()
 
 
 class MeanColors(torch.nn.Module):
@@ -59,6 +88,7 @@ def test_sets_of_pictures_are_compared_by_their_features(tiny_folder, tmp_path):
         load_checkpoint(str(tiny_folder)),
         QUICK,
         tmp_path,
+        task="automatic",
         methods=["img2img"],
         num=2,
         seed=0,
