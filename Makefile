@@ -21,10 +21,14 @@ setup: .venv/.installed  ## Create .venv with the pinned versions; the other com
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Colorize the sample archive into out/demo, in 2 minutes.
-	$(BIN)/diffcolor run examples/archive $(OUT)
+demo: setup  ## Colorize photographs into out/photographs and rendered scenes into out/demo, in 4 minutes.
+	$(BIN)/python -m support.example_photographs out/gray out/truth
+	$(BIN)/diffcolor run out/gray out/photographs
+	$(BIN)/diffcolor run examples/archive $(OUT) --model demo
 	$(BIN)/diffcolor status $(OUT)
-	@echo "look at $(OUT)/images; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
+	$(BIN)/python -m benchmarks.contact_sheet out/photographs out/photographs.jpg --truth out/truth
+	$(BIN)/python -m benchmarks.contact_sheet $(OUT) out/scenes.jpg
+	@echo "look at out/photographs.jpg and out/scenes.jpg; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
 test: setup  ## Run all tests, with real local Ray and Prefect servers.
 	$(BIN)/pytest
