@@ -154,7 +154,16 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     output = tmp_path / "out"
     text = prefect(
         *("deployment", "run", "colorize-archive/on-demand", "--watch"),
-        *("-p", f"archive={small_archive}", "-p", f"output={output}", "-p", f"model={tiny_folder}"),
+        *(
+            "-p",
+            f"archive={small_archive}",
+            "-p",
+            f"output={output}",
+            "-p",
+            f"model={tiny_folder}",
+            "-p",
+            "preset=demo",
+        ),
         *("-p", 'options={"shard_size": 2, "access_copy": "jpeg"}'),
         timeout=400,
     )
@@ -175,7 +184,7 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     # a relative output would be deleted with the worker's folder
     text = prefect(
         *("deployment", "run", "colorize-archive/on-demand"),
-        *("-p", f"archive={small_archive}", "-p", "output=out", "-p", f"model={tiny_folder}"),
+        *("-p", f"archive={small_archive}", "-p", "output=out", "-p", f"model={tiny_folder}", "-p", "preset=demo"),
     )
     (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
     wait_for(lambda: flow_run(flow_run_id)["state_type"] == "FAILED", seconds=120)
@@ -186,7 +195,7 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     cancelled = Store(str(tmp_path / "cancelled"))
     text = prefect(
         *("deployment", "run", "colorize-archive/on-demand"),
-        *("-p", f"archive={many}", "-p", f"output={cancelled.url}", "-p", f"model={tiny_folder}"),
+        *("-p", f"archive={many}", "-p", f"output={cancelled.url}", "-p", f"model={tiny_folder}", "-p", "preset=demo"),
     )
     (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
     wait_for(lambda: sum("/target-" in key for key, _ in cancelled.list()) >= 3, seconds=200)
@@ -210,7 +219,7 @@ def test_the_automation_marks_a_killed_flow_as_crashed(prefect, tiny_folder, tmp
     many, output = make_archive(tmp_path / "many", 200), Store(str(tmp_path / "out"))
     text = prefect(
         *("deployment", "run", "colorize-archive/on-demand"),
-        *("-p", f"archive={many}", "-p", f"output={output.url}", "-p", f"model={tiny_folder}"),
+        *("-p", f"archive={many}", "-p", f"output={output.url}", "-p", f"model={tiny_folder}", "-p", "preset=demo"),
     )
     (flow_run_id,) = re.findall(r"UUID: (\S+)", text)
     wait_for(lambda: any("/target-" in key for key, _ in output.list()), seconds=200)
