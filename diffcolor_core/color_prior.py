@@ -6,11 +6,15 @@ gray one.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diffcolor_core.errors import ModelError
 
 FACTOR = 4
 """Pixels per cell of the chroma along a side."""
@@ -65,7 +69,7 @@ class ColorPrior(nn.Module):
     cut to them, since their padding says nothing; longer ones are taken whole.
     """
 
-    def __init__(self, widths: tuple[int, ...], text_width: int, num_tokens: int, dropout: float = 0.0) -> None:
+    def __init__(self, widths: Sequence[int], text_width: int, num_tokens: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = {"widths": list(widths), "text_width": text_width, "num_tokens": num_tokens}
         self.num_tokens = num_tokens
@@ -102,15 +106,17 @@ class ColorPrior(nn.Module):
         """Write the configuration and the weights, in fp16."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).write_text(json.dumps(self.config, indent=1) + "\n")
-        save_file({name: _half(x).contiguous() for name, x in self.state_dict().items()}, folder / _WEIGHTS)
+        halves = {name: x.half() if x.is_floating_point() else x for name, x in self.state_dict().items()}
+        save_file({name: x.contiguous() for name, x in halves.items()}, folder / _WEIGHTS)
 
 
 def load_color_prior(folder: Path) -> ColorPrior:
-    """Read what `ColorPrior.save` wrote. Raises OSError if there is none."""
-    config = json.loads((folder / _CONFIG).read_text())
-    prior = ColorPrior(tuple(config["widths"]), config["text_width"], config["num_tokens"])
-    prior.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
-                           for name, tensor in load_file(folder / _WEIGHTS).items()})  # fmt: skip
+    """Read what `ColorPrior.save` wrote, as float32. Raises ModelError if it is missing or damaged."""
+    try:
+        prior = ColorPrior(**json.loads((folder / _CONFIG).read_text()))
+        prior.load_state_dict(load_file(folder / _WEIGHTS))
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the colour prior in {str(folder)!r}: {error}") from error
     return prior
 
 
@@ -120,7 +126,3 @@ def _down(before: int, after: int) -> nn.Sequential:
 
 def _enlarged(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _half(x: Tensor) -> Tensor:
-    return x.half() if x.is_floating_point() else x

@@ -20,7 +20,7 @@ from diffcolor_core.adapters import fitted_state, fitted_unet
 from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.color_terms import ColorReport
 from diffcolor_core.config import Settings, preset, preset_for
-from diffcolor_core.errors import DivergedError, FitError
+from diffcolor_core.errors import DivergedError, FitError, ModelError
 from diffcolor_core.fits import Fit, load_fit, scan_sha256
 from diffcolor_core.images import Picture, Scan, read_scan, resize
 from diffcolor_core.metrics import abs_delta_l, colorfulness
@@ -89,12 +89,15 @@ class DiffColor:
     """The two-stage method on one checkpoint, whose own weights are never changed.
 
     The same picture, prompts, settings, seed and machine give the same bytes: every random draw comes from a
-    CPU generator that the call's seed seeds.
+    CPU generator that the call's seed seeds. Raises ModelError for settings that need a colour prior and a checkpoint
+    without one.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings | None = None) -> None:
         self.checkpoint = checkpoint
         self.settings = settings or preset(preset_for(checkpoint.model_id))
+        if self.settings.color_prior and checkpoint.color_prior is None:
+            raise ModelError(f"model {checkpoint.model_id!r} has no colour prior: choose another preset than `photo`")
         self._last_fitted: FittedModel | None = None  # so that many prompts load theta once
 
     @classmethod

@@ -161,7 +161,7 @@ PRESETS: dict[str, Settings] = {
     "photo": Settings(
         working_size_px=144,
         color_prior=True,
-        stage1=Stage1Settings(num_steps=0, diffusion_target="prior"),
+        stage1=Stage1Settings(num_steps=0),
         alignment=AlignmentSettings(enabled=False, propagate=True),
         stage2=Stage2Settings(embedding_steps=0, model_steps=0, adapter_rank=4, alpha=1.0, keep_unchanged=True),
         sampling=SamplingSettings(num_steps=8, strength=0.0),

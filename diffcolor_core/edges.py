@@ -54,8 +54,8 @@ class ChromaField:
             planes = _rows_of(propagate(enlarged, torch.from_numpy(guide)[None], smoothness=_SMOOTHNESS_ENLARGED))
         self._planes = planes if self._solved_at_full_size else _linear_coefficients(planes, guide)
 
-    def rows(self, rows: slice, lightness: Tensor) -> Tensor:
-        """Chroma [2, R, W] of the strip `rows`, whose lightness is [1, R, W]."""
+    def rows(self, rows: slice, guide: Tensor) -> Tensor:
+        """Chroma [2, R, W] of the strip `rows`, whose lightness `guide` is [1, R, W]."""
         if self._solved_at_full_size:
             return torch.from_numpy(self._planes[rows].transpose(2, 0, 1).copy())
         height, width = self._size
@@ -65,7 +65,7 @@ class ChromaField:
         share = (y - above).astype(np.float32)[:, None, None]
         narrow = self._planes[above] * (1 - share) + self._planes[np.minimum(above + 1, last)] * share  # [R, w, 4]
         wide = cv2.resize(narrow, (width, len(narrow)), interpolation=cv2.INTER_LINEAR)
-        return torch.from_numpy((wide[..., :2] * _rows_of(lightness) + wide[..., 2:]).transpose(2, 0, 1).copy())
+        return torch.from_numpy((wide[..., :2] * _rows_of(guide) + wide[..., 2:]).transpose(2, 0, 1).copy())
 
 
 def _linear_coefficients(chroma: np.ndarray, guide: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Scans in, pictures out: chroma of working size is joined to the scan's own lightness at its own size."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import imagecodecs
@@ -119,14 +120,13 @@ def assemble(scan: Scan, chroma: Tensor, *, propagated: bool = False) -> Picture
     dtype = np.uint16 if scan.bit_depth == 16 else np.uint8
     height, width = scan.height_px, scan.width_px
     pixels = np.empty((height, width, 3 if scan.alpha is None else 4), dtype)
-    small_guide = resize(scan.lightness, chroma.shape[-2:])
-    field = ChromaField(chroma, scan.lightness) if propagated else None
+    if propagated:
+        enlarged = ChromaField(chroma, scan.lightness).rows
+    else:
+        enlarged = partial(upsample_guided, chroma, resize(scan.lightness, chroma.shape[-2:]), height_px=height)
     for rows in strips(height, width):
         lightness = scan.lightness[:, rows]
-        if field is None:
-            full = upsample_guided(chroma, small_guide, lightness, rows, height)
-        else:
-            full = field.rows(rows, lightness)
+        full = enlarged(rows=rows, guide=lightness)
         rgb = lock_luminance(full.double(), lightness.double()) * maximum
         pixels[rows, :, :3] = rgb.round().permute(1, 2, 0).numpy().astype(dtype)
     if scan.alpha is not None:

@@ -159,20 +159,22 @@ class Checkpoint:
 
     @torch.no_grad()
     def prior_chroma(self, lightness: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The chroma that the colour prior expects under each prompt: [B, 2, h, w], the mean with its mirror image's.
+        """The chroma that the colour prior expects under each prompt: [B, 2, h, w].
 
-        lightness: [1, h, w], 0..100. Raises ModelError for a checkpoint without a colour prior.
+        lightness: [1, h, w], 0..100. It is the mean of what the picture and its mirror image give. Each prompt is
+        alone in its batch, so that no prompt depends on its neighbours.
         """
-        if self.color_prior is None:
-            raise ModelError(f"{self.model_id} has no colour prior: set color_prior=false")
-        embeds = self.encode_prompts(prompts)
-        used = max(len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids)
-        if used <= self.color_prior.num_tokens:
-            embeds = embeds[:, : self.color_prior.num_tokens]
-        x = lightness.to(self.device).expand(len(prompts), 1, -1, -1)
-        with self.autocast():
-            chroma = (self.color_prior(x, embeds) + self.color_prior(x.flip(-1), embeds).flip(-1)) / 2
-        return F.interpolate(chroma, scale_factor=FACTOR, mode="bilinear", align_corners=False).cpu()
+        assert self.color_prior is not None  # `DiffColor` refuses settings that need one
+        both = torch.stack((lightness, lightness.flip(-1))).to(self.device)
+        rows = []
+        for prompt in prompts:
+            embeds = self.encode_prompts([prompt])
+            if len(self.tokenizer(prompt, verbose=False).input_ids) <= self.color_prior.num_tokens:
+                embeds = embeds[:, : self.color_prior.num_tokens]
+            with self.autocast():
+                seen, mirrored = self.color_prior(both, embeds.expand(2, -1, -1))
+            rows.append((seen + mirrored.flip(-1)) / 2)
+        return F.interpolate(torch.stack(rows), scale_factor=FACTOR, mode="bilinear", align_corners=False).cpu()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """T(c): prompts to prompt_embeds [B, chunks x max_length, width].

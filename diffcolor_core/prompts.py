@@ -12,6 +12,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+GENERIC_PROMPT = "a photograph"
+"""What is said of a picture of which nobody has said anything."""
 _MODEL_SHA256 = "99ddc9b14b3fe604b245e2d7a3aef59ab1bdd06b1bae4f4ce74738902e2a0265"
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]")
 _PREPOSITIONS = (

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.diffusion import Predict, add_noise
-from diffcolor_core.edges import propagate
 from diffcolor_core.images import gray_input, upsample_guided
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.prompts import NounPhrase
@@ -104,9 +103,8 @@ def response_regions(checkpoint: Checkpoint, lightness: Tensor, prompt: str, phr
     texts = [f"{prompt[: phrase.start]}{probe} {prompt[phrase.start :]}" for phrase in phrases for probe in PROBES]
     chroma = checkpoint.prior_chroma(lightness, texts).unflatten(0, (len(phrases), len(PROBES)))
     response = (chroma - chroma.mean(dim=1, keepdim=True)).norm(dim=2).mean(dim=1)  # [P, h, w]
-    share = response**3 / (response**3).sum(dim=0).clamp(min=1e-6)
-    full = propagate(share, lightness).clamp(min=1e-6)
-    return full / full.sum(dim=0)
+    share = (response**3).clamp(min=1e-6)  # sharpened
+    return share / share.sum(dim=0)
 
 
 @dataclass(frozen=True)

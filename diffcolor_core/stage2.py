@@ -230,10 +230,6 @@ def recolor(
     ]
 
     # 5. Generate from the forward-diffused latent of the base picture, align, keep what must not change
-    starts = [base_chroma] * len(prompts)
-    if settings.color_prior:  # [O] plus what the prior expects to differ under the prompt, exaggerated as in (7)
-        expected = checkpoint.prior_chroma(fit.lightness, [base_prompt, *prompts])
-        starts = list(base_chroma + alpha * (expected[1:] - expected[:1]))
     negative = without_colors(fit.context_prompt) if settings.stage2.negative_context else ""
     pictures: list[Tensor] = []
     for start in range(0, len(jobs), MAX_BATCH):
@@ -243,7 +239,11 @@ def recolor(
         owners = torch.tensor([index for index, job in enumerate(batch) for _ in job])
         regional = RegionalPrompts(owners, torch.stack([mask for job in batch for _, mask in job]))
         noise = torch.Generator().manual_seed(fit.seed)
-        z = checkpoint.encode_colored(fit.lightness, torch.stack(starts[start : start + MAX_BATCH]))
+        starts = base_chroma[None]
+        if settings.color_prior:  # [O] plus what the prior expects to differ under the prompt, exaggerated as in (7)
+            before, *after = checkpoint.prior_chroma(fit.lightness, [base_prompt, *prompts[start : start + MAX_BATCH]])
+            starts = base_chroma + alpha * (torch.stack(after) - before)
+        z = checkpoint.encode_colored(fit.lightness, starts)
         pictures += generate(
             checkpoint, fitted.unet, z, e_alpha, fit.lightness, settings.sampling, noise, negative, regional
         )

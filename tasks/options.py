@@ -14,14 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from diffcolor_core.config import PRESETS
+from diffcolor_core.prompts import GENERIC_PROMPT
 
 if TYPE_CHECKING:
     PresetName = str
 else:
     PresetName = Literal[tuple(PRESETS)]
 
-GENERIC_PROMPT = "a photograph"
-"""What is said of a picture of which nobody has said anything."""
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 

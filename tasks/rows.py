@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from diffcolor_core import __version__
-from tasks.options import GENERIC_PROMPT
+from diffcolor_core.prompts import GENERIC_PROMPT
 from tasks.records import PlannedImage, RunConfig
 from tasks.storage import joined
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from diffcolor_core.prompts import GENERIC_PROMPT
 from flows.cli.common import (
     DeviceOption,
     ModelOption,
@@ -23,7 +24,7 @@ from flows.cli.common import (
     print_table,
 )
 from flows.cli.options import checked, flag, overrides_of, with_flags
-from tasks.options import GENERIC_PROMPT, RecolorOptions, RunOptions, flow_arguments
+from tasks.options import RecolorOptions, RunOptions, flow_arguments
 
 SAMPLES = Path(__file__).parents[2] / "examples"
 DEMO_MODEL = (

@@ -38,7 +38,7 @@ def test_a_saved_prior_is_the_same_up_to_half_precision(tmp_path):
     torch.testing.assert_close(again(lightness, embeds), chroma, atol=0.01 * CHROMA_UNIT, rtol=0)
 
 
-def test_the_prior_of_a_checkpoint_reads_the_prompt_and_treats_left_and_right_alike(folder, tiny_folder):
+def test_the_prior_of_a_checkpoint_reads_the_prompt_and_treats_left_and_right_alike(folder):
     checkpoint = load_checkpoint(str(folder))
     lightness = torch.rand(1, 48, 64, generator=torch.Generator().manual_seed(1)) * 100
     chroma = checkpoint.prior_chroma(lightness, ["a red ball", "a blue ball", "a red ball"])
@@ -49,8 +49,19 @@ def test_the_prior_of_a_checkpoint_reads_the_prompt_and_treats_left_and_right_al
     torch.testing.assert_close(mirrored.flip(-1), chroma[:1], atol=1e-3, rtol=1e-3)
     long = checkpoint.prior_chroma(lightness, [" and ".join(["a red ball"] * 40)])
     assert bool(torch.isfinite(long).all())
-    with pytest.raises(ModelError, match="has no colour prior: set color_prior=false"):
-        load_checkpoint(str(tiny_folder)).prior_chroma(lightness, ["a ball"])
+    together = checkpoint.prior_chroma(lightness, ["a red ball", " and ".join(["a red ball"] * 40)])
+    assert torch.equal(together[0], chroma[0])  # the other prompt of the call is longer
+
+
+def test_what_is_missing_or_damaged_is_said(folder, tiny_folder, tmp_path):
+    with pytest.raises(ModelError, match="has no colour prior"):
+        DiffColor.from_pretrained(str(tiny_folder), settings="photo")
+    damaged = tmp_path / "model"
+    shutil.copytree(folder, damaged)
+    weights = damaged / "color_prior" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load the colour prior in .*color_prior"):
+        load_checkpoint(str(damaged))
 
 
 def test_regions_by_response_share_the_picture(folder):

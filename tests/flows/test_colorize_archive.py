@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
 from prefect.states import Running
 
-from diffcolor_core import read_scan
+from diffcolor_core import config, read_scan
 from flows.colorize_archive import colorize_archive
 from flows.recolor_archive import recolor_archive
 from support.pictures import gray_picture
@@ -23,6 +23,8 @@ from tasks.options import RunOptions, flow_arguments
 from tasks.runs import open_run
 from tasks.storage import Store
 from tasks.verify import verify
+
+PHOTO = config.PRESETS["photo"]  # before the tests replace it
 
 
 def files(folder: Path) -> set[str]:
@@ -111,14 +113,16 @@ def test_an_archive_end_to_end(small_archive, tiny_folder, tmp_path, num_actors,
     assert ask(output, "select count(*) from attempts where fit_reused") == [(1,)]
 
 
-def test_an_archive_without_captions_is_coloured_all_the_same(tmp_path):
-    """With the bundled model for photographs, as a stranger's first run has it."""
+def test_an_archive_without_captions_is_coloured_all_the_same(tmp_path, monkeypatch):
+    """With the bundled model for photographs and its own preset, as a stranger's first run has it."""
+    monkeypatch.setitem(config.PRESETS, "photo", PHOTO)
     archive, output = tmp_path / "scans", tmp_path / "out"
     archive.mkdir()
     Image.fromarray(gray_picture(120, 90)).save(archive / "one.png")
     assert colorize_archive(str(archive), str(output))["ok"] == 1
     rows = ask(output, "select model_id, context_prompt, context_is_generic, status, colorfulness from results")
     assert [row[:4] for row in rows] == [("photo", "a photograph", True, "ok")]
+    assert rows[0][4] > 1  # it is not gray
     colorize_archive(str(archive), str(output), prompt="a hill under a sky")
     rows = ask(output, "select context_prompt, context_is_generic from results order by all")
     assert rows == [("a hill under a sky", False), ("a photograph", True)]
