@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from diffcolor_core.color import lab_to_srgb, lightness_of, srgb_to_lab
 from diffcolor_core.color_terms import hue_of
+from diffcolor_core.prompts import GENERIC_PROMPT
 
 SHORT_SIDE_PX = 160  # of the pictures in memory
 SIDE_PX = 96  # of the squares that the model is trained on
@@ -194,10 +195,21 @@ def draw_caption(photo: Photo, rng: np.random.Generator) -> tuple[str, bool]:
     """
     draw = rng.random()
     if draw < 0.3:
-        return str(rng.choice(("", "a photograph"))), False
+        return str(rng.choice(("", GENERIC_PROMPT))), False
     caption, colored = (photo.context, False) if draw < 0.5 or not photo.target else (photo.target, True)
     left_out = rng.uniform(0, 0.5)
     return " ".join(word for word in caption.split(" ") if rng.random() >= left_out), colored
+
+
+def captioned(photos: Sequence[Photo], ab: Tensor, rng: np.random.Generator) -> list[str]:
+    """A caption for each photograph. Some that tell colours tell others, and `ab` [B, 2, h, w] is changed to those."""
+    captions = []
+    for i, photo in enumerate(photos):
+        caption, colored = draw_caption(photo, rng)
+        while colored and rng.random() < 0.5:
+            ab[i], caption = recolored(ab[i], caption, rng)
+        captions.append(caption)
+    return captions
 
 
 def captions_of(photos: Sequence[Photo]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plot the demo model's loss curves: `python -m diffcolor_training.plot_losses CHECKPOINTS OUT.png`."""
+"""Plot a bundled model's loss curves: `python -m diffcolor_training.plot_losses CHECKPOINTS OUT.png`."""
 
 import csv
 from pathlib import Path
@@ -10,16 +10,22 @@ import typer
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-PARTS = {"vae": "VAE: squared error", "clip": "guidance CLIP: cross entropy", "unet": "UNet + text tower: v error"}
+PARTS = {
+    "vae": "VAE: squared error",
+    "prior": "colour prior: squared error",
+    "clip": "guidance CLIP: cross entropy",
+    "unet": "UNet: v error",
+}
 
 
 def main(
     checkpoints: Annotated[Path, typer.Argument(help="Folder with the .losses.csv files that training writes.")],
     out: Annotated[Path, typer.Argument(help="PNG to write.")],
 ) -> None:
-    """Draw one panel for each part."""
-    figure, axes = plt.subplots(1, len(PARTS), figsize=(11, 2.8))
-    for axis, (part, title) in zip(axes, PARTS.items(), strict=True):
+    """Draw one panel for each part that has a curve."""
+    parts = {part: title for part, title in PARTS.items() if (checkpoints / f"{part}.losses.csv").exists()}
+    figure, axes = plt.subplots(1, len(parts), figsize=(11, 2.8))
+    for axis, (part, title) in zip(axes, parts.items(), strict=True):
         with (checkpoints / f"{part}.losses.csv").open() as file:
             curve = {int(step): float(loss) for step, loss, _ in csv.reader(file)}  # a resumed step counts once
         steps = sorted(curve)

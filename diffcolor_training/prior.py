@@ -18,11 +18,10 @@ from diffcolor_training.loop import fit_part, step_rng
 from diffcolor_training.photos import (
     SIDE_PX,
     Photo,
-    draw_caption,
+    captioned,
     draw_photos,
     random_crop,
     random_lightness,
-    recolored,
 )
 from diffcolor_training.text import MAX_LENGTH, SHORT_LENGTH, TEXT_WIDTH, tokenize
 
@@ -56,12 +55,7 @@ def draw_batch(
     batch = draw_photos(photos, rng, size)
     crops = torch.stack([random_crop(photo, SIDE_PX, rng) for photo in batch])
     lightness, ab = random_lightness(crops, rng), F.avg_pool2d(crops[:, 4:], FACTOR)
-    captions = []
-    for i, photo in enumerate(batch):
-        caption, colored = draw_caption(photo, rng)
-        while colored and rng.random() < 0.5:
-            ab[i], caption = recolored(ab[i], caption, rng)
-        captions.append(caption)
+    captions = captioned(batch, ab, rng)
     length = SHORT_LENGTH if rng.random() < 0.9 else MAX_LENGTH
     return lightness, tokenize(tokenizer, captions, length), ab
 
