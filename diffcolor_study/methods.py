@@ -41,7 +41,7 @@ def _steps(factor: float) -> Callable[[Settings], Settings]:
 _PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False}
 _NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alpha": 1.0, **_PAPERS}
 _PLAIN: dict[str, Any] = {"color_prior": False, "stage1": {"enabled": False}, "alignment": {"enabled": False}}
-_OFF = {"project_luminance": False, "strength": 0.8}
+_OFF = {"project_luminance": False, "strength": 0.8}  # as plain img2img samples
 _TRAINED = {"num_steps": 24, "learning_rate": 2e-5, "temperature": 0.05, "max_timestep": 0.6, "num_views": 2}
 _FITTED = {"embedding_steps": 40, "embedding_learning_rate": 1e-2, "model_steps": 40, "model_learning_rate": 1e-3}
 
@@ -91,7 +91,7 @@ METHODS: dict[str, Method] = {
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
-    "no-projection": Method(_with(sampling=_OFF), "without luminance projection"),
+    "no-projection": Method(_with(sampling={"project_luminance": False}), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
     "no-propagation": Method(_with(alignment={"propagate": False}), "chroma not solved for anew along edges"),
     # what is off in preset `photo`

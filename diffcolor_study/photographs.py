@@ -19,6 +19,7 @@ from diffcolor_core.formats import encode
 from diffcolor_core.images import Picture, gray_input, read_picture, read_scan, resize
 from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
+from diffcolor_core.prompts import GENERIC_PROMPT
 from diffcolor_study.methods import Method, chosen_methods
 from diffcolor_study.perceptual import Perceptual
 from diffcolor_study.pictures import lab_of, picture_of, rgb_of
@@ -28,7 +29,6 @@ from diffcolor_study.scores import eroded
 TASKS = ("uncaptioned", "automatic", "full-prompt", "edit")
 FLAT = {"gray": "the photograph in gray", "flat-tint": "in the mean chroma of the training photographs"}
 """Rivals that need no model."""
-GENERIC_PROMPT = "a photograph"
 TINT_PHOTOS = 300  # so many training photographs give the mean chroma
 REGION_HUE = 40.0  # degrees: so near to a word's hue a pixel of the original belongs to the word's region
 REGION_SHARE = (0.04, 0.8)  # of the picture, for a region that can be judged
@@ -200,13 +200,22 @@ def _colored(
     if edit is None:
         return result.image, seconds
     edited = pipe.recolor(fit, edit.prompt, base=result)
-    before, after = lab_of(result.image), lab_of(edited.image)
+    return edited.image, seconds | edit_scores(edit, lab_of(result.image), lab_of(edited.image))
+
+
+def edit_scores(edit: Edit, before: Tensor, after: Tensor) -> dict[str, float]:
+    """What an edit did to a picture, both L*a*b* [3, H, W].
+
+    region_turned: 1 if the median a*b* of the region has a chroma above 5 and the wanted hue within 45 degrees.
+    hue_error_degrees: how far that hue is off. delta_e_elsewhere: the mean change of a*b* outside the region.
+    """
     a, b = after[1:, eroded(edit.region)].median(dim=1).values.tolist()
     turn = abs((math.degrees(math.atan2(b, a)) - edit.hue_degrees + 180) % 360 - 180)
-    right = turn < 45 and math.hypot(a, b) > 5
-    elsewhere = float((after - before)[1:, edit.region < 0.5].norm(dim=0).mean())
-    figures = {"region_turned": float(right), "hue_error_degrees": turn, "delta_e_elsewhere": elsewhere}
-    return edited.image, seconds | figures
+    return {
+        "region_turned": float(turn < 45 and math.hypot(a, b) > 5),
+        "hue_error_degrees": turn,
+        "delta_e_elsewhere": float((after - before)[1:, edit.region < 0.5].norm(dim=0).mean()),
+    }
 
 
 def _draw_edit(photograph: Photograph, rng: np.random.Generator) -> Edit | None:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from diffcolor_core import Picture
 from diffcolor_core.models import load_checkpoint
 from diffcolor_study.perceptual import Perceptual
-from diffcolor_study.photographs import Photograph, _draw_edit, fidelity, run_photographs
+from diffcolor_study.photographs import Photograph, _draw_edit, edit_scores, fidelity, run_photographs
+from diffcolor_study.pictures import lab_of
 from support.settings import QUICK
 
 
@@ -51,6 +53,17 @@ def test_an_edit_changes_a_word_whose_region_the_original_shows(tiny_folder, tmp
         assert (edit.region[:, :32].mean(), edit.region[:, 32:].mean()) == (1, 0)
     assert _draw_edit(replace(photograph, target="a blue wall and a gray field"), np.random.default_rng(0)) is None
 
+    before = lab_of(truth)
+    after, everywhere = before.clone(), before.clone()
+    angle = math.radians(edits[0].hue_degrees)
+    wanted = 20 * torch.tensor([math.cos(angle), math.sin(angle)], dtype=before.dtype).view(2, 1, 1)
+    after[1:, :, :32], everywhere[1:] = wanted, wanted
+    kept, done, spilt = (edit_scores(edits[0], before, x) for x in (before, after, everywhere))
+    assert (kept["region_turned"], kept["delta_e_elsewhere"]) == (0, 0)
+    assert (done["region_turned"], done["delta_e_elsewhere"]) == (1, 0)
+    assert done["hue_error_degrees"] == pytest.approx(0, abs=0.01)
+    assert (spilt["region_turned"], spilt["delta_e_elsewhere"]) == (1, pytest.approx(20, abs=0.5))
+
     truth.save(tmp_path / "one.png")
     (tmp_path / "catalog.csv").write_text(
         "image,context_prompt,target_prompt,split\none.png,a wall and a field,a red wall and a gray field,test\n"
@@ -58,7 +71,7 @@ def test_an_edit_changes_a_word_whose_region_the_original_shows(tiny_folder, tmp
     checkpoint = load_checkpoint(str(tiny_folder))
     common = {"num": 1, "seed": 0, "folder": tmp_path / "out"}
     figures = run_photographs(checkpoint, QUICK, tmp_path, task="edit", methods=["full"], **common)
-    assert {"region_turned", "delta_e_elsewhere"} <= figures["full"].keys()
+    assert [len(figures["full"][name]) for name in kept] == [1, 1, 1]
 
 
 class MeanColors(torch.nn.Module):

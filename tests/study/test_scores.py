@@ -5,8 +5,8 @@ import torch
 
 from diffcolor_study.cases import draw_cases
 from diffcolor_study.pictures import lab_of
-from diffcolor_study.scenes import asked_colors
-from diffcolor_study.scores import leakage, region_right, region_scores
+from diffcolor_study.scenes import asked_colors, reference_colors
+from diffcolor_study.scores import _without_rim, leakage, region_right, region_scores
 
 
 def test_the_truth_scores_as_its_own_caption_says():
@@ -20,6 +20,26 @@ def test_the_truth_scores_as_its_own_caption_says():
     assert np.mean(right) >= 0.9
     assert len(wrong_before_the_edit) >= 5
     assert all(wrong_before_the_edit)
+
+
+def test_wrong_pixels_at_borders_are_counted():
+    case = next(draw_cases("full-prompt", 1, 4, 128))
+    references = reference_colors()
+    right = torch.zeros(3, 128, 128)
+    for word, mask in zip(case.asked, case.scene.masks, strict=True):
+        right[1:, mask > 0.5] = torch.tensor(references[word]).view(2, 1)
+    assert region_scores(case, right)["border_wrong"] == 0
+    halo = right.clone()
+    mask = case.scene.masks[-1]  # the wall
+    covered = mask > 0.99
+    rim = covered & ~_without_rim(mask, 2)
+    halo[1:, rim] = -right[1:, rim]
+    share = region_scores(case, halo)["border_wrong"]
+    assert 0.05 < share < 0.9
+    assert region_scores(case, halo)["all_right_per_image"] == 1
+    centre = right.clone()
+    centre[1:, _without_rim(mask, 3)] *= -1
+    assert region_scores(case, centre)["border_wrong"] == 0
 
 
 def test_leakage_counts_the_outside_only():
