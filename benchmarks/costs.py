@@ -111,7 +111,8 @@ def large_scan(width_px: int, height_px: int) -> dict[str, float]:
 def assembly(json_file: JsonOption = None) -> None:
     """CPU seconds of one thread to assemble a scan of 6000 x 4000 px, against the plain form with the same bytes.
 
-    The chroma is that of a rendered scene, as it is (8 bit) and five times as strong (16 bit).
+    The chroma is that of a rendered scene, as it is (8 bit) and five times as strong (16 bit). Also with chroma that is
+    solved for along the scan's edges.
     """
     torch.set_num_threads(1)
     case = next(draw_cases("full-prompt", 1, 0, 512))
@@ -127,12 +128,16 @@ def assembly(json_file: JsonOption = None) -> None:
         plain = plain_assemble(scan, chroma)
         seconds, plain_seconds = middle - start, time.process_time() - middle
         assert np.array_equal(picture.pixels, plain)
+        again = time.process_time()
+        assemble(scan, chroma, propagated=True)
+        propagated_seconds = time.process_time() - again
         linear = lab_to_linear(torch.cat((resize(lightness, chroma.shape[-2:]), chroma)))
         figures[f"{bit_depth} bit"] = {
             "out_of_gamut": float(((linear < 0) | (linear > 1)).any(dim=0).float().mean()),
             "seconds": seconds,
             "plain_seconds": plain_seconds,
             "ratio": plain_seconds / seconds,
+            "propagated_seconds": propagated_seconds,
         }
     record(json_file, "assembly", figures, "torch")
 
