@@ -1,4 +1,7 @@
-"""Colour words in prompts: the hue that they mean, the noun that they belong to, and whether a picture obeys them."""
+"""Colours in prompts: the hue that they mean, the noun that they belong to, and whether a picture obeys them.
+
+A colour is a basic term ("red"), a name of CSS ("crimson") or a hex code ("#8b0000"). The last two are exact.
+"""
 
 import math
 import re
@@ -11,7 +14,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from diffcolor_core.color import max_chroma, srgb_to_lab
-from diffcolor_core.prompts import NounPhrase, noun_phrases
+from diffcolor_core.prompts import HEX, NounPhrase, noun_phrases
 
 _BASIC_HUES = {
     "red": 32.0,
@@ -23,6 +26,7 @@ _BASIC_HUES = {
     "blue": 278.0,
     "purple": 320.0,
     "pink": 0.0,
+    "tan": 78.4,
 }
 """CIELAB hue angles (degrees) at the centres of English basic colour terms, about those of Sturges and Whitfield
 (1995). CSS's "blue" and "green" lie elsewhere, as they are corners of the sRGB cube."""
@@ -33,11 +37,15 @@ FULL_CHROMA = 20.0
 
 @dataclass(frozen=True)
 class ColoredPhrase:
-    """A noun phrase, its first colour word (None without one), and whether that differs from an earlier prompt's."""
+    """A noun phrase and its first colour (None without one), compared with an earlier prompt's.
+
+    changed: whether that had another colour, or no such noun. before: the colour that it had there.
+    """
 
     phrase: NounPhrase
     color: str | None
     changed: bool
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,24 +70,53 @@ class ColorReport:
 
 @cache
 def hue_of(word: str) -> float | None:
-    """The hue angle (degrees) of a colour word, None for a neutral one. Raises KeyError if it is not a colour word.
+    """The hue angle (degrees) of a colour, None for a neutral one. Raises KeyError if it is not a colour.
 
-    The basic terms come from the table above, all others from CSS's list of names.
+    The basic terms come from the table above, all others from CSS's list of names and from hex codes.
     """
     word = word.lower()
     if word in _BASIC_HUES:
         return _BASIC_HUES[word]
     if word in _NEUTRAL:
         return None
-    rgb = ImageColor.getrgb(ImageColor.colormap[word])[:3]
-    _, a, b = srgb_to_lab(torch.tensor(rgb, dtype=torch.float64).view(3, 1, 1) / 255).flatten().tolist()
+    _, a, b = _lab_of(word)
     return math.degrees(math.atan2(b, a)) % 360 if math.hypot(a, b) > 5 else None
 
 
+def _lab_of(color: str) -> tuple[float, float, float]:
+    rgb = ImageColor.getrgb(color if color.startswith("#") else ImageColor.colormap[color])[:3]
+    lightness, a, b = srgb_to_lab(torch.tensor(rgb, dtype=torch.float64).view(3, 1, 1) / 255).flatten().tolist()
+    return lightness, a, b
+
+
+def exact_chroma(color: str) -> tuple[float, float] | None:
+    """The a*b* of a hex code or a name of CSS; None for the basic terms, which leave it open."""
+    color = color.lower()
+    return None if color in _BASIC_HUES or color in _NEUTRAL else _lab_of(color)[1:]
+
+
+def spoken(prompt: str) -> str:
+    """The prompt with every hex code replaced by the basic term nearest to it: no text encoder knows codes."""
+    return re.sub(HEX, lambda match: _basic_term(match.group().lower()), prompt)
+
+
+@cache
+def _basic_term(color: str) -> str:
+    lightness, hue = _lab_of(color)[0], hue_of(color)
+    if hue is None:
+        return "black" if lightness < 25 else "gray" if lightness < 80 else "white"
+    if abs((hue - _BASIC_HUES["orange"] + 180) % 360 - 180) < 15:
+        return "brown" if lightness < 55 else "orange"  # they share their hue
+    terms = (term for term in _BASIC_HUES if term not in ("brown", "tan"))
+    return min(terms, key=lambda term: abs((hue - _BASIC_HUES[term] + 180) % 360 - 180))
+
+
 def color_words(description: str) -> list[str]:
-    """The colour words of a description, such as what stands before a noun, in lower case."""
-    words = re.findall(r"[a-z]+", description.lower())
-    return [word for word in words if word in _BASIC_HUES or word in _NEUTRAL or word in ImageColor.colormap]
+    """The colours of a description, such as what stands before a noun, in lower case."""
+    words = re.findall(rf"{HEX}|[a-z]+", description.lower())
+    return [
+        word for word in words if word[0] == "#" or word in (*_BASIC_HUES, *_NEUTRAL) or word in ImageColor.colormap
+    ]
 
 
 def _color_of(prompt: str, phrase: NounPhrase) -> str | None:
@@ -98,7 +135,9 @@ def colored_phrases(prompt: str, before: str) -> list[ColoredPhrase]:
     result = []
     for phrase in noun_phrases(prompt):
         color, known = _color_of(prompt, phrase), old.get(phrase.noun, [])
-        result.append(ColoredPhrase(phrase, color, changed=not known or known.pop(0) != color))
+        is_new = not known
+        earlier = None if is_new else known.pop(0)
+        result.append(ColoredPhrase(phrase, color, is_new or earlier != color, earlier))
     return result
 
 
@@ -110,7 +149,7 @@ def with_color_alone(prompt: str, phrases: Sequence[ColoredPhrase], color: str |
             start, end = item.phrase.start, item.phrase.noun_start
             some = f"(?:{'|'.join(color_words(text[start:end]))})\\b"
             joined = rf"(?:\s*(?:,\s*and|,|-|and)\s*(?={some}))?"  # "white and blue shirts"
-            words = re.sub(rf"\b{some}{joined}\s*", "", text[start:end], flags=re.IGNORECASE)
+            words = re.sub(rf"(?<!\w){some}{joined}\s*", "", text[start:end], flags=re.IGNORECASE)
             text = text[:start] + words + text[end:]
     return text
 

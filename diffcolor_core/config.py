@@ -109,6 +109,8 @@ class Stage2Settings(_Record):
     """Generate each noun's region under that noun's colour word alone [O]: no word can colour another noun."""
     keep_unchanged: bool = False
     """Change the picture only in the regions of nouns whose colour word the target changes [O]."""
+    steer_words: bool = False
+    """Give a noun's region the hue of its colour word where what the model made contradicts it [O]."""
 
 
 class Settings(_Record):
@@ -163,7 +165,9 @@ PRESETS: dict[str, Settings] = {
         color_prior=True,
         stage1=Stage1Settings(num_steps=0),
         alignment=AlignmentSettings(enabled=False, propagate=True),
-        stage2=Stage2Settings(embedding_steps=0, model_steps=0, adapter_rank=4, alpha=1.0, keep_unchanged=True),
+        stage2=Stage2Settings(
+            embedding_steps=0, model_steps=0, adapter_rank=4, alpha=1.0, keep_unchanged=True, steer_words=True
+        ),
         sampling=SamplingSettings(num_steps=8, strength=0.0),
     ),
 }

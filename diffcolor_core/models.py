@@ -21,7 +21,8 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPToken
 from transformers.utils import logging as transformers_logging
 
 from diffcolor_core.color import lock_luminance
-from diffcolor_core.color_prior import FACTOR, ColorPrior, load_color_prior
+from diffcolor_core.color_prior import FACTOR, ColorPrior, NounRegions, load
+from diffcolor_core.color_terms import spoken
 from diffcolor_core.errors import ModelError
 
 BUNDLES = {name: Path(__file__).parent / name / "bundle" for name in ("photo", "demo")}
@@ -114,6 +115,7 @@ class Checkpoint:
     device: torch.device
     dtype: torch.dtype
     color_prior: ColorPrior | None = None
+    noun_regions: NounRegions | None = None
 
     @property
     def vae_factor(self) -> int:
@@ -169,7 +171,7 @@ class Checkpoint:
         rows = []
         for prompt in prompts:
             embeds = self.encode_prompts([prompt])
-            if len(self.tokenizer(prompt, verbose=False).input_ids) <= self.color_prior.num_tokens:
+            if len(self.tokenizer(spoken(prompt), verbose=False).input_ids) <= self.color_prior.num_tokens:
                 embeds = embeds[:, : self.color_prior.num_tokens]
             with self.autocast():
                 seen, mirrored = self.color_prior(both, embeds.expand(2, -1, -1))
@@ -180,9 +182,9 @@ class Checkpoint:
         """T(c): prompts to prompt_embeds [B, chunks x max_length, width].
 
         Nothing is cut off: a prompt that is too long for the text tower is encoded in chunks, which are then
-        joined. The shorter prompts of one call are padded with the empty prompt's chunks.
+        joined. The shorter prompts of one call are padded with the empty prompt's chunks. Hex codes are read as words.
         """
-        chunked = [_chunks(self.tokenizer, prompt) for prompt in prompts]
+        chunked = [_chunks(self.tokenizer, spoken(prompt)) for prompt in prompts]
         most, empty = max(map(len, chunked)), _chunks(self.tokenizer, "")
         ids = torch.stack([torch.cat((chunks, empty.expand(most - len(chunks), -1))) for chunks in chunked])
         with torch.no_grad(), self.autocast():
@@ -201,7 +203,7 @@ class Checkpoint:
         """f_T: prompts to unit vectors [B, d]. A long prompt gives the mean of its chunks."""
         rows = []
         for prompt in prompts:
-            ids = _chunks(self.clip_tokenizer, prompt).to(self.device)
+            ids = _chunks(self.clip_tokenizer, spoken(prompt)).to(self.device)
             features = self.clip.get_text_features(input_ids=ids).pooler_output.float()
             rows.append(F.normalize(features, dim=-1).mean(dim=0))
         return F.normalize(torch.stack(rows), dim=-1)
@@ -283,9 +285,9 @@ def load_checkpoint(
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     model_id, model_revision = identify(model, revision)
     device = torch.device(device)
-    has_prior = Path(source, "color_prior").is_dir()
-    color_prior = load_color_prior(Path(source, "color_prior")) if has_prior else None
-    for module in (vae, unet, text_encoder, clip_model, *([color_prior] if color_prior else [])):
+    color_prior = load(ColorPrior, beside) if (beside := Path(source, "color_prior")).is_dir() else None
+    noun_regions = load(NounRegions, beside) if (beside := Path(source, "noun_regions")).is_dir() else None
+    for module in filter(None, (vae, unet, text_encoder, clip_model, color_prior, noun_regions)):
         module.to(device).eval().requires_grad_(False)
     return Checkpoint(
         vae=vae,
@@ -302,4 +304,5 @@ def load_checkpoint(
         device=device,
         dtype=dtype,
         color_prior=color_prior,
+        noun_regions=noun_regions,
     )

@@ -15,7 +15,9 @@ from typing import Any
 GENERIC_PROMPT = "a photograph"
 """What is said of a picture of which nobody has said anything."""
 _MODEL_SHA256 = "99ddc9b14b3fe604b245e2d7a3aef59ab1bdd06b1bae4f4ce74738902e2a0265"
-_WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]")
+HEX = r"#[0-9a-fA-F]{6}\b"
+"""A colour as in HTML."""
+_WORD = re.compile(rf"{HEX}|[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]")
 _PREPOSITIONS = (
     *("in front of", "on top of", "in back of", "in the middle of", "in the background", "in the foreground"),
     *("in the distance", "on the left", "on the right", "on the side of"),
@@ -57,7 +59,8 @@ def noun_phrases(prompt: str) -> list[NounPhrase]:
     """
     places = list(_WORD.finditer(prompt))
     words = [place.group() for place in places]
-    tags = [tag for _, _, tag in _tagger().tag_sent([word.lower() for word in words])] if words else []
+    read = ["red" if word[0] == "#" and len(word) > 1 else word.lower() for word in words]
+    tags = [tag for _, _, tag in _tagger().tag_sent(read)] if words else []
     for preposition in _PREPOSITIONS:
         parts = preposition.split()
         for i in range(len(words) - len(parts) + 1):

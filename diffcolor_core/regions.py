@@ -1,7 +1,7 @@
 """Regions [O]: which part of a picture each noun names, and one prompt for each part.
 
 The regions come from the UNet's own cross-attention (after DAAM, Tang et al. 2022), without a segmenter.
-Where a checkpoint has a colour prior they come from what that makes of a noun's colour word.
+Where a checkpoint brings `noun_regions` they come from there.
 Joining several prompts in one picture follows MultiDiffusion (Bar-Tal et al. 2023).
 """
 
@@ -14,7 +14,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPTokenizer
 
+from diffcolor_core.color_prior import enlarged
+from diffcolor_core.color_terms import ColoredPhrase, color_words
 from diffcolor_core.diffusion import Predict, add_noise
 from diffcolor_core.images import gray_input, upsample_guided
 from diffcolor_core.models import Checkpoint
@@ -22,6 +25,9 @@ from diffcolor_core.prompts import NounPhrase
 
 TIMESTEPS = (50, 100, 200)
 """Noise levels at which cross-attention is read: low ones, where the picture still shows what is where."""
+
+HALF_SURE, HALF_OF_LARGEST, SHARPNESS = 0.35, 0.55, 12.0
+"""The share of `noun_regions` that is taken as half, as it is and beside the largest, and how steep that is."""
 
 
 class RecordedAttention:
@@ -92,19 +98,41 @@ def phrase_regions(
     return full / full.sum(dim=0)
 
 
-PROBES = ("red", "green", "blue")
+def noun_text(prompt: str, item: ColoredPhrase, color: str | None) -> str:
+    """The words of a noun phrase with no colour but `color`."""
+    phrase = item.phrase
+    words = [word for word in prompt[phrase.start : phrase.noun_start].split() if not color_words(word)]
+    return " ".join([*([color] if color else []), *words, prompt[phrase.noun_start : phrase.end]])
 
 
-def response_regions(checkpoint: Checkpoint, lightness: Tensor, prompt: str, phrases: Sequence[NounPhrase]) -> Tensor:
-    """The same as `phrase_regions`, from what the colour prior does: [P, h, w], summing to 1 over P.
+def word_ids(tokenizer: CLIPTokenizer, texts: Sequence[Sequence[str]]) -> Tensor:
+    """Token ids [B, P, T] of the nouns of B pictures, filled up with -1."""
+    ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in nouns] for nouns in texts]
+    longest = max((len(tokens) for nouns in ids for tokens in nouns), default=1)
+    full = torch.full((len(ids), max(map(len, ids)), longest), -1)
+    for row, nouns in zip(full, ids, strict=True):
+        for place, tokens in zip(row, nouns, strict=False):
+            place[: len(tokens)] = torch.tensor(tokens)
+    return full
 
-    Each phrase in turn is given a few colours. A pixel belongs to the phrases by how much its chroma follows theirs.
+
+@torch.no_grad()
+def named_regions(checkpoint: Checkpoint, lightness: Tensor, nouns: Sequence[str], told: Tensor) -> Tensor:
+    """The same as `phrase_regions` from the checkpoint's `noun_regions`: [P, h, w], at most 1 over P.
+
+    It is the mean of what the picture and its mirror image give, sharpened, as shares are cautious. told: [P], whether
+    a noun comes with the colour that it has. Such a noun is there, so that its shares count beside its largest.
     """
-    texts = [f"{prompt[: phrase.start]}{probe} {prompt[phrase.start :]}" for phrase in phrases for probe in PROBES]
-    chroma = checkpoint.prior_chroma(lightness, texts).unflatten(0, (len(phrases), len(PROBES)))
-    response = (chroma - chroma.mean(dim=1, keepdim=True)).norm(dim=2).mean(dim=1)  # [P, h, w]
-    share = (response**3).clamp(min=1e-6)  # sharpened
-    return share / share.sum(dim=0)
+    assert checkpoint.noun_regions is not None  # the caller has looked
+    both = torch.stack((lightness, lightness.flip(-1))).to(checkpoint.device)
+    words = word_ids(checkpoint.tokenizer, [nouns]).to(checkpoint.device)
+    with checkpoint.autocast():
+        seen, mirrored = checkpoint.noun_regions(both, words.expand(2, -1, -1)).exp()
+    share = enlarged(((seen + mirrored.flip(-1)) / 2)[None, :-1], lightness)[0].cpu()
+    largest = share.flatten(1).quantile(0.97, dim=1)[:, None, None]
+    steep = torch.where(told[:, None, None], share / (largest + 0.05) - HALF_OF_LARGEST, share - HALF_SURE)
+    sharp = torch.sigmoid(SHARPNESS * steep)
+    return sharp / sharp.sum(dim=0).clamp(min=1)
 
 
 @dataclass(frozen=True)

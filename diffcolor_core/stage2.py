@@ -39,8 +39,9 @@ from diffcolor_core.fits import Fit
 from diffcolor_core.models import Checkpoint, pad_embeds
 from diffcolor_core.progress import Progress
 from diffcolor_core.prompts import noun_phrases
-from diffcolor_core.regions import RegionalPrompts, phrase_regions, response_regions
+from diffcolor_core.regions import RegionalPrompts, named_regions, noun_text, phrase_regions
 from diffcolor_core.sampling import generate
+from diffcolor_core.steering import steered_to
 
 MAX_BATCH = 8
 """Pictures that are generated at a time."""
@@ -173,25 +174,28 @@ class FittedModel:
     checkpoint: Checkpoint
     fit: Fit
     unet: UNet2DConditionModel
-    _found: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _found: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def regions(self, prompt: str, phrases: Sequence[ColoredPhrase]) -> Tensor:
-        """Where each noun phrase of the prompt is: [P, h, w], summing to 1 over P [O].
+        """Where each noun phrase of the prompt is: [P, h, w], at most 1 over P [O].
 
         They are looked for under the prompt without its colour words. Those say nothing about a gray picture, and
-        prompts that differ in colours alone then share the answer.
+        prompts that differ in colours alone then share the answer. `noun_regions` are told a noun's earlier colour.
         """
+        if self.checkpoint.noun_regions is not None:
+            nouns = tuple(noun_text(prompt, phrase, phrase.before) for phrase in phrases)
+            if nouns not in self._found:
+                told = torch.tensor([phrase.before is not None for phrase in phrases])
+                self._found[nouns] = named_regions(self.checkpoint, self.fit.lightness, nouns, told)
+            return self._found[nouns]
         plain = with_color_alone(prompt, phrases, None)
         places = noun_phrases(plain)
         if [place.noun for place in places] != [phrase.phrase.noun for phrase in phrases]:
             plain, places = prompt, [phrase.phrase for phrase in phrases]  # read otherwise without its colours
-        if plain not in self._found:
-            if self.fit.settings.color_prior:
-                self._found[plain] = response_regions(self.checkpoint, self.fit.lightness, plain, places)
-            else:
-                noise = torch.Generator().manual_seed(self.fit.seed)
-                self._found[plain] = phrase_regions(self.checkpoint, self.fit.lightness, plain, places, noise)
-        return self._found[plain]
+        if (plain,) not in self._found:
+            noise = torch.Generator().manual_seed(self.fit.seed)
+            self._found[plain,] = phrase_regions(self.checkpoint, self.fit.lightness, plain, places, noise)
+        return self._found[plain,]
 
 
 @dataclass(frozen=True)
@@ -251,17 +255,39 @@ def recolor(
     for prompt, phrases, generated in zip(prompts, all_phrases, pictures, strict=True):
         noise = torch.Generator().manual_seed(fit.seed)
         chroma = align_chroma(checkpoint, fit.lightness, generated, settings.alignment, noise)
-        changed = [phrase.changed for phrase in phrases]
-        if settings.stage2.keep_unchanged and not all(changed):  # the regions of changed nouns alone change [O]
-            inside = fitted.regions(prompt, phrases)[changed].sum(dim=0)
-            if settings.alignment.propagate:
-                inside = propagate(inside[None], fit.lightness)[0].clamp(0, 1)
-            chroma = inside * chroma + (1 - inside) * base_chroma
+        chroma = with_changes(fitted, prompt, phrases, chroma, base_chroma)
         nouns: tuple[ColorReport, ...] = ()
         if any(phrase.color is not None for phrase in phrases):
             nouns = tuple(report(phrases, fitted.regions(prompt, phrases), torch.cat((fit.lightness, chroma))))
         results.append(Recoloring(chroma, generated, nouns))
     return results
+
+
+def with_changes(
+    fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase], chroma: Tensor, base_chroma: Tensor
+) -> Tensor:
+    """Chroma [2, h, w] in which only what the prompt changes differs from `base_chroma`, and steered nouns obey [O]."""
+    settings = fitted.fit.settings
+    changed = [phrase.changed for phrase in phrases]
+    if not any(changed) and not settings.stage2.keep_unchanged:
+        return chroma
+
+    def along_edges(region: Tensor) -> Tensor:
+        if not settings.alignment.propagate:
+            return region
+        return propagate(region[None], fitted.fit.lightness)[0].clamp(0, 1)
+
+    if settings.stage2.keep_unchanged and not all(changed):  # the regions of changed nouns alone change
+        inside = along_edges(fitted.regions(prompt, phrases)[changed].sum(dim=0))
+        chroma = inside * chroma + (1 - inside) * base_chroma
+    for index, phrase in enumerate(phrases):
+        if phrase.changed and phrase.color is not None:
+            region = fitted.regions(prompt, phrases)[index]
+            target = steered_to(phrase, region, chroma, words=settings.stage2.steer_words)
+            if target is not None:
+                region = along_edges(region)
+                chroma = region * target[:, None, None] + (1 - region) * chroma
+    return chroma
 
 
 def interpolate(e_opt: Tensor, e_target: Tensor, e_empty: Tensor, alpha: float) -> Tensor:

@@ -5,7 +5,7 @@ safetensors file: weights, their average, buffers, and the optimizer's state fla
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,19 @@ def fit_part(
                 _save(path, done, module, optimizer, ema)
     ema.copy_to(parameters.values())
     module.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Sequence[Tensor]]) -> None:
+    """Measure the statistics of batch normalisation anew: those of training are not the averaged weights'."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all batches
+        norm.train()
+    for batch in batches:
+        module(*batch)
+    module.eval()
 
 
 def _save(path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:

@@ -1,8 +1,9 @@
 """Train the photo model: `python -m diffcolor_training.photo --data ../shared/data/photos --out out/photo-model`.
 
-Parts, one after the other: tokenizer, VAE (set up, not trained), text tower, colour prior (with the tower), guidance
-CLIP, UNet. Each checkpoints into OUT/checkpoints and resumes from there. Every draw comes from a generator seeded by
-(seed, part, step). The result is OUT/bundle, an ordinary diffusers folder in fp16 with a colour prior beside.
+Parts, one after the other: tokenizer, VAE (set up, not trained), text tower, colour prior (with the tower), noun
+regions, guidance CLIP, UNet. Each checkpoints into OUT/checkpoints and resumes from there. Every draw comes from a
+generator seeded by (seed, part, step). The result is OUT/bundle, an ordinary diffusers folder in fp16 with a colour
+prior and noun regions beside.
 
 What a photograph needs that scenes did not: grays come from random emulsions; some pictures have one of their hues
 turned, with the colour words of their caption turned too, so that the words are needed; and the UNet also sees
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffcolor_core.color_prior import FACTOR
+from diffcolor_core.color_prior import FACTOR, save
 from diffcolor_training.codec import CHROMA_CHANNELS, LATENT_CHANNELS, build_vae, encode, fit_codec
 from diffcolor_training.loop import fit_part, step_rng
 from diffcolor_training.parts import IMAGE_MEAN, IMAGE_STD, build_scheduler, build_tokenizer, save_bundle
@@ -41,6 +42,7 @@ from diffcolor_training.photos import (
     rotated_words,
 )
 from diffcolor_training.prior import PromptedPrior, build_prior, train_prior
+from diffcolor_training.regions import build_regions, train_regions
 from diffcolor_training.text import (
     MAX_LENGTH,
     SHORT_LENGTH,
@@ -231,6 +233,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of crops, captions, weights and noise.")] = 0,
     text_steps: int = 500,
     prior_steps: int = 6000,
+    regions_steps: int = 600,
     clip_steps: int = 800,
     unet_steps: int = 3000,
 ) -> None:
@@ -257,12 +260,15 @@ def train(
     for part in (prompted.prior, unet):
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_prior(prompted, tokenizer, photos, num_steps=prior_steps, **common)
+    regions = build_regions(prompted.prior, len(tokenizer)).to(where)
+    train_regions(regions, tokenizer, photos, num_steps=regions_steps, **common)
     train_clip(clip, tokenizer, photos, num_steps=clip_steps, **common)
     unet.set_attn_processor(AttnProcessor())  # for so few cells a quarter faster than the fused one
     train_unet(unet, prompted, codec, tokenizer, build_scheduler(), photos, num_steps=unet_steps, **common)
     bundle = out / "bundle"
     save_bundle(bundle, tokenizer, build_vae(codec), clip, unet, prompted.text_encoder, build_scheduler())
-    prompted.prior.save(bundle / "color_prior")
+    save(prompted.prior, bundle / "color_prior")
+    save(regions, bundle / "noun_regions")
     write_sources(data / "catalog.csv", out / "sources.csv")
     print(f"bundle: {bundle}")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcolor_core.color_prior import CHROMA_UNIT, FACTOR, ColorPrior
-from diffcolor_training.loop import fit_part, step_rng
+from diffcolor_training.loop import fit_part, recalibrate, step_rng
 from diffcolor_training.photos import (
     SIDE_PX,
     Photo,
@@ -86,20 +86,5 @@ def train_prior(
         {"params": list(model.text_encoder.parameters()), "lr": 4e-4, "weight_decay": 0.01},
     ]
     fit_part("prior", model, groups, loss_of, seed=seed, num_steps=num_steps, checkpoints=checkpoints)
-    recalibrate(model, tokenizer, photos, seed, device)
-
-
-@torch.no_grad()
-def recalibrate(
-    model: PromptedPrior, tokenizer: CLIPTokenizer, photos: list[Photo], seed: int, device: torch.device
-) -> None:
-    """Measure the statistics of batch normalisation anew: those of training are not the averaged weights'."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over all batches
-        norm.train()
-    for step in range(60):
-        lightness, ids, _ = draw_batch(photos, tokenizer, step_rng(seed, "recalibrate", step), 32)
-        model(lightness.to(device), ids.to(device))
-    model.eval()
+    drawn = (draw_batch(photos, tokenizer, step_rng(seed, "recalibrate", step), 32) for step in range(60))
+    recalibrate(model, ((lightness.to(device), ids.to(device)) for lightness, ids, _ in drawn))
