@@ -176,7 +176,7 @@ def load(kind: type[Network], folder: Path) -> Network:
         network = kind(**json.loads((folder / _CONFIG).read_text()))
         network.load_state_dict(load_file(folder / _WEIGHTS))
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the {folder.name.replace('_', ' ')} in {str(folder)!r}: {error}") from error
+        raise ModelError(f"cannot load {str(folder)!r}: {error}") from error
     return network
 
 

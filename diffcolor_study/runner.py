@@ -20,7 +20,7 @@ from diffcolor_core.models import Checkpoint
 from diffcolor_study.cases import Case, draw_cases
 from diffcolor_study.methods import Method, chosen_methods
 from diffcolor_study.pictures import lab_of
-from diffcolor_study.scores import leakage, region_right, region_scores
+from diffcolor_study.scores import exact_scores, leakage, region_right, region_scores
 
 Scores = dict[str, list[float]]
 EDIT_LEAKAGE = 3.0  # an edit succeeds only if the rest of the picture changes by at most this Delta E_ab
@@ -111,6 +111,9 @@ def _score_one(
             "leakage_anew": leakage(lab, lab_of(anew.image), mask)[0],
         }
     outside, band = leakage(lab_of(case.start), lab, mask)
+    if case.asked[case.edited] is None:  # an exact colour
+        assert case.prompt is not None
+        return figures | {"leakage": outside, "leakage_band": band} | exact_scores(case.prompt, lab, mask)
     right = region_right(case, lab, case.edited)
     success = float(right and outside <= EDIT_LEAKAGE)
     edit = {"leakage": outside, "leakage_band": band, "edited_right": float(right), "edit_success": success}

@@ -1,11 +1,14 @@
 """Scores of a finished picture against a scene whose masks and colours are known."""
 
 import math
+import re
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcolor_core.color_terms import exact_chroma
 from diffcolor_core.images import Picture
+from diffcolor_core.prompts import HEX
 from diffcolor_study.cases import Case
 from diffcolor_study.pictures import lab_of
 from diffcolor_study.scenes import Scene, nearest_color, reference_colors
@@ -80,6 +83,22 @@ def region_right(case: Case, lab: Tensor, index: int) -> bool:
     """Whether region `index` has the colour asked for."""
     a, b = lab[1:, eroded(case.scene.masks[index])].median(dim=1).values.tolist()
     return nearest_color(a, b) == case.asked[index]
+
+
+def exact_scores(prompt: str, lab: Tensor, mask: Tensor) -> dict[str, float]:
+    """How near a region of L*a*b* [3, H, W] comes to the hex code in the prompt.
+
+    hue_error_degrees: of the median a*b* of the region. chroma_share: of the code's chroma.
+    """
+    (code,) = re.findall(HEX, prompt)
+    wanted = exact_chroma(code)
+    assert wanted is not None  # a hex code is exact
+    a, b = lab[1:, eroded(mask)].median(dim=1).values.tolist()
+    turn = math.degrees(math.atan2(b, a) - math.atan2(wanted[1], wanted[0]))
+    return {
+        "hue_error_degrees": abs((turn + 180) % 360 - 180),
+        "chroma_share": math.hypot(a, b) / math.hypot(*wanted),
+    }
 
 
 def _mean(values: list[float] | list[bool]) -> float:

@@ -26,10 +26,10 @@ from flows.cli.options import flag
 @app.command()
 def study(
     task: Annotated[
-        Literal["uncaptioned", "automatic", "full-prompt", "edit"],
+        Literal["uncaptioned", "automatic", "full-prompt", "edit", "exact"],
         typer.Option(
             help="Colours in the prompt. `automatic`: none. `full-prompt`: all. `edit`: one is changed. "
-            "`uncaptioned` (with --photos): no caption at all."
+            "`exact` (scenes): one is changed to a hex code. `uncaptioned` (with --photos): no caption at all."
         ),
     ] = "full-prompt",
     method: Annotated[

@@ -6,11 +6,11 @@ from PIL import Image
 
 from diffcolor_core import DiffColor, ModelError
 from diffcolor_core.color import x_to_lab
-from diffcolor_core.color_prior import CHROMA_UNIT, ColorPrior, load_color_prior
+from diffcolor_core.color_prior import CHROMA_UNIT, ColorPrior, NounRegions, load, save
+from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.config import preset
 from diffcolor_core.models import load_checkpoint
-from diffcolor_core.prompts import noun_phrases
-from diffcolor_core.regions import response_regions
+from diffcolor_core.regions import named_regions, noun_text
 from support.pictures import gray_picture
 
 
@@ -19,19 +19,26 @@ def small_prior(text_width: int = 32) -> ColorPrior:
     return ColorPrior((8, 8, 8, 16), text_width, num_tokens=12).eval().requires_grad_(False)
 
 
+def small_regions(num_words: int = 50) -> NounRegions:
+    torch.manual_seed(1)
+    return NounRegions((8, 8, 8, 16), num_words, width=8).eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_folder, tmp_path_factory):
-    """The tiny checkpoint with a colour prior of random weights."""
+    """The tiny checkpoint with a colour prior and noun regions of random weights."""
     folder = tmp_path_factory.mktemp("with-prior") / "model"
     shutil.copytree(tiny_folder, folder)
-    small_prior(load_checkpoint(str(tiny_folder)).text_encoder.config.hidden_size).save(folder / "color_prior")
+    tiny = load_checkpoint(str(tiny_folder))
+    save(small_prior(tiny.text_encoder.config.hidden_size), folder / "color_prior")
+    save(small_regions(len(tiny.tokenizer)), folder / "noun_regions")
     return folder
 
 
 def test_a_saved_prior_is_the_same_up_to_half_precision(tmp_path):
     prior = small_prior()
-    prior.save(tmp_path / "prior")
-    again = load_color_prior(tmp_path / "prior").eval()
+    save(prior, tmp_path / "prior")
+    again = load(ColorPrior, tmp_path / "prior").eval()
     lightness, embeds = torch.rand(2, 1, 48, 64) * 100, torch.randn(2, 7, 32)
     chroma = prior(lightness, embeds)
     assert chroma.shape == (2, 2, 12, 16)
@@ -60,42 +67,57 @@ def test_what_is_missing_or_damaged_is_said(folder, tiny_folder, tmp_path):
     shutil.copytree(folder, damaged)
     weights = damaged / "color_prior" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="cannot load the colour prior in .*color_prior"):
+    with pytest.raises(ModelError, match="cannot load .*color_prior"):
         load_checkpoint(str(damaged))
 
 
-def test_regions_by_response_share_the_picture(folder):
-    lightness = torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(1)) * 100
-    prompt = "a ball and a box on a table"
-    regions = response_regions(load_checkpoint(str(folder)), lightness, prompt, noun_phrases(prompt))
-    assert regions.shape == (3, 32, 48)
-    assert float(regions.min()) >= 0
-    torch.testing.assert_close(regions.sum(dim=0), torch.ones(32, 48))
+def test_nouns_and_none_of_them_share_every_cell():
+    words = torch.tensor([[[3, 7], [5, -1], [-1, -1]], [[3, 7], [5, -1], [9, 9]]])
+    shares = small_regions()(torch.rand(2, 1, 32, 48) * 100, words).exp()
+    assert shares.shape == (2, 4, 8, 12)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(2, 8, 12))
+    assert float(shares[0, 2].max()) == 0.0  # a noun of no token
+    assert float(shares[1, 2].min()) > 0.0
 
 
-def test_a_region_is_where_a_noun_s_colour_word_counts(folder, monkeypatch):
-    """With a prior set by hand: it colours the left half by the ball's colour word and the right half by the box's."""
+def test_regions_of_a_checkpoint_follow_the_nouns_and_treat_left_and_right_alike(folder):
     checkpoint = load_checkpoint(str(folder))
+    lightness = torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(1)) * 100
+    told = torch.tensor([False, False])
+    ball, table = named_regions(checkpoint, lightness, ("ball", "table"), told)
+    assert ball.shape == (32, 48)
+    assert 0 <= float((ball + table).min()) <= float((ball + table).max()) <= 1 + 1e-6
+    swapped = named_regions(checkpoint, lightness, ("table", "ball"), told)
+    torch.testing.assert_close(swapped, torch.stack((table, ball)))
+    mirrored = named_regions(checkpoint, lightness.flip(-1), ("ball", "table"), told)
+    torch.testing.assert_close(mirrored[0].flip(-1), ball, atol=1e-4, rtol=1e-3)
 
-    def prior_chroma(lightness, prompts):
-        chroma = torch.zeros(len(prompts), 2, *lightness.shape[-2:])
-        for row, prompt in zip(chroma, prompts, strict=True):
-            for noun, half in (("ball", row[..., :24]), ("box", row[..., 24:])):
-                for channel, word in enumerate(("red", "green")):
-                    half[channel] = 30.0 * (f"{word} {noun}" in prompt)
-        return chroma
 
-    monkeypatch.setattr(type(checkpoint), "prior_chroma", lambda self, *arguments: prior_chroma(*arguments))
-    lightness = torch.full((1, 32, 48), 40.0)
-    lightness[..., 24:] = 70
-    prompt = "a ball and a box"
-    ball, box = response_regions(checkpoint, lightness, prompt, noun_phrases(prompt))
-    assert float(ball[:, :23].min()) > 0.9
-    assert float(box[:, 25:].min()) > 0.9
+def test_a_noun_with_its_colour_is_somewhere_even_where_its_share_is_small(folder, monkeypatch):
+    """With shares set by hand: the noun has 0.2 in the left half and 0.02 in the right."""
+    checkpoint = load_checkpoint(str(folder))
+    shares = torch.full((2, 2, 8, 12), 0.02)
+    shares[0, 0, :, :6], shares[1, 0, :, 6:] = 0.2, 0.2  # the second is the mirror image
+    monkeypatch.setattr(checkpoint.noun_regions, "forward", lambda *_: shares.log())
+    lightness = torch.full((1, 32, 48), 50.0)
+    (unsure,) = named_regions(checkpoint, lightness, ("ball",), torch.tensor([False]))
+    (sure,) = named_regions(checkpoint, lightness, ("ball",), torch.tensor([True]))
+    assert float(unsure.max()) < 0.2
+    assert float(sure[:, :20].min()) > 0.9
+    assert float(sure[:, 28:].max()) < 0.1
+
+
+def test_a_noun_is_said_without_its_colours_or_with_one():
+    prompt = "a dark red and white flag on a #8b0000 wall"
+    flag, wall = colored_phrases(prompt, "")
+    assert noun_text(prompt, flag, None) == "dark and flag"
+    assert noun_text(prompt, wall, "blue") == "blue wall"
 
 
 def test_the_primary_is_the_prior_s_picture_and_a_target_adds_what_differs(folder, tmp_path):
-    pipe = DiffColor.from_pretrained(str(folder), settings=preset("photo", {"alignment.propagate": False}))
+    pipe = DiffColor.from_pretrained(
+        str(folder), settings=preset("photo", {"alignment.propagate": False, "stage2.steer_words": False})
+    )
     path = tmp_path / "scan.png"
     Image.fromarray(gray_picture(48, 64, seed=2)).save(path)
     fit = pipe.fit(path, "a ball on a table")

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from diffcolor_core.color_terms import color_words, colored_phrases, hue_of, report, with_color_alone, without_colors
+from diffcolor_core.color_terms import (
+    color_words,
+    colored_phrases,
+    exact_chroma,
+    hue_of,
+    report,
+    spoken,
+    with_color_alone,
+    without_colors,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +98,25 @@ def test_one_colour_is_left_alone():
     phrases = colored_phrases(prompt, "")
     assert with_color_alone(prompt, phrases, "red") == "A Red ball, a dog and a bluebird on a light table"
     assert with_color_alone(prompt, phrases, "blue") == "A ball, a dog and a blue bluebird on a light blue table"
+
+
+def test_a_hex_code_stands_for_a_colour_word():
+    phrases = colored_phrases("a #8B0000 coat on a green chair under a #fffff wall", "a blue coat on a chair")
+    assert [(p.phrase.noun, p.color, p.changed, p.before) for p in phrases] == [
+        ("coat", "#8b0000", True, "blue"),
+        ("chair", "green", True, None),
+        ("wall", None, True, None),
+    ]
+    assert with_color_alone("a #8b0000 coat on a green chair", phrases[:2], None) == "a coat on a chair"
+    assert hue_of("#8b0000") == pytest.approx(39, abs=0.1)
+    assert exact_chroma("#8b0000") == pytest.approx((51.0, 41.3), abs=0.1)  # CIELAB of sRGB, D65
+    assert exact_chroma("red") is exact_chroma("gray") is exact_chroma("tan") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [("#8b0000", "red"), ("#8B4513", "brown"), ("#ffa500", "orange"), ("#808080", "gray"), ("#101010", "black"),
+     ("#fafafa", "white"), ("#4682b4", "blue"), ("#228b22", "green")],
+)  # fmt: skip
+def test_a_code_is_spoken_as_the_nearest_word(code, word):
+    assert spoken(f"a {code} coat") == f"a {word} coat"

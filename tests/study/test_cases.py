@@ -1,6 +1,12 @@
+import re
+
 import numpy as np
 import pytest
+import torch
+from PIL import ImageColor
 
+from diffcolor_core.color import srgb_to_lab
+from diffcolor_core.prompts import HEX
 from diffcolor_study.cases import TASKS, draw_cases
 from diffcolor_study.scenes import COLOR_WORDS
 
@@ -38,3 +44,13 @@ def test_an_automatic_case_asks_for_nothing():
     (case,) = draw_cases("automatic", 1, 3, 64)
     assert words(case.context_prompt) == []
     assert set(case.asked) == {None}
+
+
+def test_an_exact_case_names_a_code_that_its_region_can_show():
+    for case in draw_cases("exact", 10, 4, 64):
+        (code,) = re.findall(HEX, case.prompt)
+        region = case.scene.spec.regions[case.edited]
+        assert f"a {code} {region.noun}" in case.prompt
+        assert len(words(case.prompt)) == len(words(case.context_prompt)) - 1
+        rgb = torch.tensor(ImageColor.getrgb(code), dtype=torch.float64).view(3, 1, 1) / 255
+        assert float(srgb_to_lab(rgb)[0]) == pytest.approx(region.lightness, abs=1)

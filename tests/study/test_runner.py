@@ -33,6 +33,7 @@ def test_a_study_runs_and_scores_saved_files(tiny_folder, tmp_path, task):
         assert summary[method]["mean_abs_delta_l_before_lock"]["mean"] > 1e-3
         assert len(figures[method]["clip_similarity"]) == 2
     assert ("edit_success" in summary["full"]) == (task == "edit")
+    assert ("chroma_share" in summary["full"]) == (task == "exact")
     assert ("leakage" in summary["full"]) == (task != "automatic")
     assert ("clip_margin_of_truth" in summary["full"]) == (task == "automatic")
     margins, looks = figures["full"]["clip_margin"], figures["full"]["anti_color_look"]

@@ -1,12 +1,15 @@
+import math
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
+from diffcolor_core.color_terms import exact_chroma
 from diffcolor_study.cases import draw_cases
 from diffcolor_study.pictures import lab_of
 from diffcolor_study.scenes import asked_colors, reference_colors
-from diffcolor_study.scores import _without_rim, leakage, region_right, region_scores
+from diffcolor_study.scores import _without_rim, exact_scores, leakage, region_right, region_scores
 
 
 def test_the_truth_scores_as_its_own_caption_says():
@@ -51,3 +54,13 @@ def test_leakage_counts_the_outside_only():
     after[1, 41] = 10
     outside, band = leakage(before, after, mask)
     assert 0 < outside < band
+
+
+def test_exact_scores_know_the_code():
+    lab = torch.zeros(3, 8, 8)
+    lab[1], lab[2] = 0.0, 20.0  # a hue of 90 degrees
+    wanted = exact_chroma("#8b0000")
+    scores = exact_scores("a #8b0000 ball on a table", lab, torch.ones(8, 8))
+    hue = math.degrees(math.atan2(wanted[1], wanted[0]))
+    assert scores["hue_error_degrees"] == pytest.approx(90 - hue)
+    assert scores["chroma_share"] == pytest.approx(20 / math.hypot(*wanted))
