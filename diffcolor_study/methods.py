@@ -38,7 +38,7 @@ def _steps(factor: float) -> Callable[[Settings], Settings]:
     return derive
 
 
-_PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False}
+_PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False, "steer_words": False}
 _NO_FIT = {"embedding_steps": 0, "model_steps": 0, "alpha": 1.0, **_PAPERS}
 _PLAIN: dict[str, Any] = {"color_prior": False, "stage1": {"enabled": False}, "alignment": {"enabled": False}}
 _OFF = {"project_luminance": False, "strength": 0.8}  # as plain img2img samples
@@ -91,6 +91,7 @@ METHODS: dict[str, Method] = {
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
+    "no-steering": Method(_with(stage2={"steer_words": False}), "what the model made of a word stays"),
     "no-projection": Method(_with(sampling={"project_luminance": False}), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
     "no-propagation": Method(_with(alignment={"propagate": False}), "chroma not solved for anew along edges"),
