@@ -88,15 +88,18 @@ def region_right(case: Case, lab: Tensor, index: int) -> bool:
 def exact_scores(prompt: str, lab: Tensor, mask: Tensor) -> dict[str, float]:
     """How near a region of L*a*b* [3, H, W] comes to the hex code in the prompt.
 
-    hue_error_degrees: of the median a*b* of the region. chroma_share: of the code's chroma.
+    hue_error_degrees: of the median a*b* of the region. hue_within_10_degrees: 1 if it is at most 10. chroma_share: of
+    the code's chroma.
     """
     (code,) = re.findall(HEX, prompt)
     wanted = exact_chroma(code)
     assert wanted is not None  # a hex code is exact
     a, b = lab[1:, eroded(mask)].median(dim=1).values.tolist()
     turn = math.degrees(math.atan2(b, a) - math.atan2(wanted[1], wanted[0]))
+    error = abs((turn + 180) % 360 - 180)
     return {
-        "hue_error_degrees": abs((turn + 180) % 360 - 180),
+        "hue_error_degrees": error,
+        "hue_within_10_degrees": float(error <= 10),
         "chroma_share": math.hypot(a, b) / math.hypot(*wanted),
     }
 

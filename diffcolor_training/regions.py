@@ -25,7 +25,7 @@ MAX_NOUNS = 8  # of a caption; later ones are left out
 
 
 def build_regions(prior: ColorPrior, num_words: int) -> NounRegions:
-    """The network as it is trained: 4.8 million parameters. It starts from the prior's trunk, without its text."""
+    """The network as it is trained: 5.3 million parameters. It starts from the prior's trunk, without its text."""
     regions = NounRegions(WIDTHS, num_words, dropout=0.2)
     regions.load_state_dict(prior.state_dict(), strict=False)
     nn.init.normal_(regions.words.weight, std=0.5)

@@ -19,6 +19,7 @@ from diffcolor_training.photos import (
     rotated,
     rotated_words,
 )
+from diffcolor_training.regions import regions_loss, shares_by_color
 from diffcolor_training.text import COLOR_WORDS, recolored_caption
 
 
@@ -108,3 +109,40 @@ def test_only_the_split_is_loaded_and_neighbouring_plates_stay_together(tmp_path
     assert float(grays.min()) >= 0
     assert float(grays.max()) <= 100
     assert float(grays.mean((1, 2, 3)).std()) > 5  # emulsions differ
+
+
+def green_over_blue() -> torch.Tensor:
+    """L*a*b* [3, 4, 4]: the upper half green, the lower blue."""
+    lab = torch.full((3, 4, 4), 50.0)
+    lab[1, :2], lab[2, :2] = -16.0, 12.0
+    lab[1, 2:], lab[2, 2:] = 3.0, -20.0
+    return lab
+
+
+def test_pixels_of_a_colour_belong_to_its_nouns():
+    shares = shares_by_color(["green", None, "blue", "white"], green_over_blue())
+    assert list(shares) == ["green", "blue", "white"]
+    torch.testing.assert_close(shares["green"][:, 0], torch.tensor([1.0, 1, 0, 0]))
+    torch.testing.assert_close(shares["blue"][:, 0], torch.tensor([0.0, 0, 1, 1]))
+    assert float(shares["white"].max()) == 0.0
+    gray = torch.stack((torch.full((4, 4), 80.0), torch.zeros(4, 4), torch.zeros(4, 4)))
+    assert float(shares_by_color(["white", "gray"], gray)["white"].min()) == 0.5  # two words for the same pixels
+    assert float(shares_by_color(["black"], gray)["black"].max()) == 0.0
+
+
+def test_the_loss_is_least_where_nouns_lie_on_their_colours():
+    lab, colors = green_over_blue(), ["green", "blue", "green", None]
+
+    def loss_of(rows: dict[int, torch.Tensor]) -> float:
+        shares = torch.full((5, 4, 4), 1e-6)
+        for noun, half in rows.items():
+            shares[noun] += half
+        return float(regions_loss((shares / shares.sum(dim=0)).log(), colors, lab))
+
+    upper = torch.zeros(4, 4)
+    upper[:2] = 1
+    right = loss_of({0: upper, 1: 1 - upper})
+    assert right == pytest.approx(0, abs=1e-4)
+    assert loss_of({2: upper, 1: 1 - upper}) == pytest.approx(right, abs=1e-4)  # the other green noun
+    assert loss_of({0: 1 - upper, 1: upper}) > 5
+    assert loss_of({3: upper, 1: 1 - upper}) > 2  # a noun without a colour
