@@ -9,6 +9,10 @@
     manifest/compacted-<number>.json                      the pointer to them; the highest number counts
     results.parquet                                       the latest row of each image and variant, for readers
     runs/<run>.json, .beat, .end                          a run's record and lease, its sign of life, its end
+    report/index.html, *.css, *.js, report.json           the report: its page, and the record of what it names
+    report/data/<digest>.js                               rows for the page, under the hash of their text
+    report/thumbs/<xx>/<sha256>.webp                      a small picture of the file with this hash
+    report/views/<xx>/<sha256>.jpg                        a large one, where a browser cannot show or reach the file
     damaged/<key>                                         what `verify --repair` has set aside
     probe-<token>                                         a few seconds: does this store have conditional PUTs?
     .tmp/<machine>~<process>~<token>                      on a local disk: files that are still being written
@@ -26,6 +30,8 @@ MANIFEST = "manifest"
 RUNS = "runs"
 DAMAGED = "damaged"
 RESULTS = "results.parquet"
+REPORT = "report"
+REPORT_PAGE = f"{REPORT}/index.html"
 TEMPORARY = ".tmp"
 PROBE = "probe-"
 
@@ -127,6 +133,24 @@ def is_record(key: str) -> bool:
     """Whether the key is one that no manifest row names, but that belongs to an output."""
     return (
         key == RESULTS
-        or key.startswith(f"{DAMAGED}/")
+        or key.startswith((f"{DAMAGED}/", f"{REPORT}/"))
         or any(pattern.fullmatch(key) for pattern in (RUN_FILE, LOOSE_PART, POINTER))
     )
+
+
+# ------------------------------------------------------------------ the report
+
+
+def report_data(digest: str) -> str:
+    """The name, below the report's folder, of some of its rows."""
+    return f"data/{digest}.js"
+
+
+def report_thumbnail(sha256: str) -> str:
+    """The name, below the report's folder, of the small picture of a file with this hash."""
+    return f"thumbs/{sha256[:2]}/{sha256[:32]}.webp"
+
+
+def report_view(sha256: str) -> str:
+    """The name, below the report's folder, of the large picture of a file with this hash."""
+    return f"views/{sha256[:2]}/{sha256[:32]}.jpg"

@@ -98,8 +98,15 @@ class ResumeOptions(_Options):
     """How many times an image may kill its actor before it is quarantined."""
 
 
+class AfterwardsOptions(_Options):
+    """Afterwards"""
+
+    report: bool = True
+    """Write the page `OUTPUT/report/index.html` when the run has ended, as `diffcolor report OUTPUT` does."""
+
+
 # Pydantic puts the fields of the last base first. A flow takes those one by one, and the others as one record.
-class MoreOptions(ResumeOptions, MachineOptions, PictureOptions):
+class MoreOptions(AfterwardsOptions, ResumeOptions, MachineOptions, PictureOptions):
     """Everything that `colorize-archive` takes in its one parameter `options`."""
 
 
@@ -117,7 +124,7 @@ class RecolorWhatOptions(_Options):
     a context prompt here keeps its last one."""
 
 
-class MoreRecolorOptions(ResumeOptions, MachineOptions):
+class MoreRecolorOptions(AfterwardsOptions, ResumeOptions, MachineOptions):
     """Everything that `recolor-archive` takes in its one parameter `options`."""
 
 

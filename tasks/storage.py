@@ -84,6 +84,16 @@ def joined(address: str, key: str) -> str:
     return f"{head if head.endswith('://') else head.rstrip('/') + '/'}{key}::{rest}"
 
 
+def folder_of(address: str, key: str) -> str:
+    """The folder below which `key` lies at `address`: the inverse of `joined`. Raises ValueError if it does not."""
+    head, chained, rest = address.partition("::")
+    if chained and "://" in head and head.endswith(key):
+        return f"{head.removesuffix(key)}::{rest}"
+    if chained or not address.endswith(f"/{key}"):
+        raise ValueError(f"{address!r} is no address of {key!r}")
+    return address.removesuffix(key).rstrip("/") or "/"
+
+
 def this_machine() -> str:
     """Names this machine, its last boot and its container: within them a process number means one process."""
     try:

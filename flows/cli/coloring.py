@@ -24,6 +24,7 @@ from flows.cli.common import (
     print_table,
 )
 from flows.cli.options import checked, flag, overrides_of, with_flags
+from tasks.layout import REPORT_PAGE
 from tasks.options import RecolorOptions, RunOptions, flow_arguments
 
 SAMPLES = Path(__file__).parents[2] / "examples"
@@ -169,6 +170,7 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
     from flows.stopping import stoppable
     from tasks.errors import ManifestError
     from tasks.runs import open_run
+    from tasks.storage import Store
 
     with stoppable() as stop, ExitStack() as stack:
         try:
@@ -195,6 +197,8 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
         f"({summary['done_before']} of them done before)"
     )
     notes.print(f"images and manifest: {options.output}", markup=False, soft_wrap=True)
+    if options.report and (output := Store(options.output)).has(REPORT_PAGE):
+        notes.print(f"to look at: {output.uri(REPORT_PAGE)}", markup=False, soft_wrap=True)
     if summary["quarantined"] or summary["failed"]:
         raise typer.Exit(3)
 
