@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from support.browser import browser, chromium
+from support.waiting import wait_until
 
 VIEWS = {"overview": "#view=overview", "gallery": "#view=gallery", "picture": None, "choices": "#view=choices"}
 
@@ -31,7 +32,7 @@ def main(
             page.on("console", lambda message: print(message.type, message.text))
             page.on("pageerror", lambda error: print(error))
             page.goto(f"{report.absolute().as_uri()}/index.html")
-            page.wait_for_function("diffcolor.loaded")
+            wait_until(lambda page=page: page.evaluate("diffcolor.loaded"), 30)
             for name, address in VIEWS.items():
                 if address is None:
                     address = page.evaluate(

@@ -101,7 +101,7 @@ def ok_row(key: str, number: int, target: str, **more: Any) -> Mapping[str, Any]
         "finished_at": START + timedelta(seconds=20 * number + 20),
         "software_version": "0",
         "generation": 1,
-        "catalog_columns": json.dumps({"shelf": f"box {number % 4}"}),
+        "catalog_columns": json.dumps({"shelf": f"drawer-{number % 4}"}),
     } | more
 
 

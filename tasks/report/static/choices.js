@@ -27,7 +27,7 @@ diffcolor.choices = (() => {
     } catch {
       diffcolor.notice("This browser keeps nothing for this page: save before you close it.");
     }
-    listeners.forEach((listener) => listener());
+    count();
   }
 
   const name = (result) => JSON.stringify([result.image.key, result.variant, result.output_sha256]);
@@ -152,13 +152,13 @@ diffcolor.choices = (() => {
     document.getElementById("num-choices").textContent = number || "";
   }
 
-  listeners.push(count);
   count();
   addEventListener("storage", () => { // another tab has chosen
     choices = read("choices", {});
     requests = read("requests", []);
+    count();
     listeners.forEach((listener) => listener());
   });
 
-  return { of, set, note, ask, show, onchange: (listener) => listeners.push(listener) };
+  return { of, set, note, ask, show, onchanged: (listener) => listeners.push(listener) };
 })();

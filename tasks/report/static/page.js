@@ -49,10 +49,15 @@
   }
 
   addEventListener("hashchange", route);
+  const isShown = (view) => !document.getElementById(view).hidden;
   diffcolor.onrows(() => {
     if (waitsForRows) route(null);
-    if (!document.getElementById("gallery").hidden) diffcolor.gallery.find({ keep: true });
-    if (!document.getElementById("choices").hidden) diffcolor.choices.show();
+    if (isShown("gallery")) diffcolor.gallery.find({ keep: true });
+    if (isShown("choices")) diffcolor.choices.show();
+  });
+  diffcolor.choices.onchanged(() => { // by another tab
+    if (isShown("gallery")) diffcolor.gallery.find();
+    if (isShown("choices")) diffcolor.choices.show();
   });
   route(null);
   diffcolor.loadAll().catch((error) => diffcolor.notice(error.message));

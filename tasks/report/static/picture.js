@@ -268,6 +268,6 @@ diffcolor.picture = (() => {
     by("facts").replaceChildren(...parts);
   }
 
-  choices.onchange(() => { if (image && !by("picture").hidden && !document.activeElement?.closest("#variants")) drawVariants(); });
+  choices.onchanged(() => { if (image) drawVariants(); });
   return { open };
 })();

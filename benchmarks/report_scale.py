@@ -1,0 +1,123 @@
+"""The report of large archives: time to build it again from existing thumbnails, memory, time to open it.
+
+python -m benchmarks.report_scale --json benchmarks/results/scale.json     (5 minutes)
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.scale import JsonOption, peak_bytes
+from support.browser import browser, chromium
+from support.outputs import TARGETS, ok_row
+from support.record import record
+from support.waiting import wait_until
+from tasks.layout import REPORT, report_thumbnail
+from tasks.manifest import commit_part
+from tasks.report import write_report
+from tasks.storage import Store
+
+ROWS_PER_PART = 5_000
+NEW_IMAGES = 100
+FIRST_VIEW = """() => new Promise(done => {
+    const shown = () => document.querySelectorAll('#cards img').length > 3;
+    const look = () => shown() ? requestAnimationFrame(() => done(performance.now())) : requestAnimationFrame(look);
+    look();
+})"""
+"""Milliseconds from the start of the navigation to the frame that shows the first cards of the gallery."""
+
+
+def made_up_rows(first: int, count: int) -> Iterator[dict[str, Any]]:
+    """A result each of `count` images, with files that are not there."""
+    for number in range(first, first + count):
+        key = f"box-{number % 1000:03d}/scan-{number:08d}.tif"
+        sha256 = {
+            file: f"{number * 4 + i:x}".rjust(8, "0") * 8 for i, file in enumerate(("input", "primary", "output"))
+        }
+        yield ok_row(key, number, TARGETS[number % 2]) | {
+            "input_uri": f"s3://museum/scans/{key}",
+            "width_px": 3000,
+            "height_px": 2000,
+            "output_uri": f"s3://museum/out/images/scan-{number:08d}/target-1.png",
+            "primary_uri": f"s3://museum/out/images/scan-{number:08d}/primary-1.png",
+            **{f"{file}_sha256": value for file, value in sha256.items()},
+        }
+
+
+def committed(output: Store, first: int, count: int, thumbnail: Path | None) -> None:
+    """Commit the rows of these images; thumbnail: stands for each of their pictures, as a hard link."""
+    for start in range(first, first + count, ROWS_PER_PART):
+        rows = list(made_up_rows(start, min(ROWS_PER_PART, first + count - start)))
+        commit_part(output, f"000001-{start:06d}-00001", rows)
+        for row in rows if thumbnail else ():
+            for file in ("input", "primary", "output"):
+                path = Path(output.url, REPORT, report_thumbnail(row[f"{file}_sha256"]))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.hardlink_to(thumbnail)
+
+
+def built(folder: str) -> dict[str, Any]:
+    """Seconds and peak memory of one report, in a process of its own."""
+    start_bytes, start = peak_bytes(), time.perf_counter()
+    done = write_report(Store(folder))
+    return {
+        "images": done.num_images,
+        "seconds": time.perf_counter() - start,
+        "new_data_files": done.num_data_files,
+        "new_pictures": done.made.num_pictures,
+        "not_shown": done.made.num_unseen,
+        "peak_bytes": peak_bytes(),
+        "peak_bytes_before": start_bytes,
+    }
+
+
+def opened(path: Path) -> dict[str, Any]:
+    """How long a browser takes to show the gallery, to load every row, and to search them: medians of three."""
+    figures: dict[str, list[float]] = {"first_view_seconds": [], "all_rows_seconds": [], "search_seconds": []}
+    with browser(chromium()) as running:
+        for _ in range(3):
+            page = running.new_page(viewport={"width": 1280, "height": 900})
+            page.goto(f"{path.absolute().as_uri()}#view=gallery", wait_until="commit")
+            figures["first_view_seconds"].append(page.evaluate(FIRST_VIEW) / 1000)
+            assert wait_until(lambda page=page: page.evaluate("diffcolor.loaded"), 120)
+            figures["all_rows_seconds"].append(page.evaluate("performance.now()") / 1000)
+            search = "() => { const t = performance.now(); diffcolor.gallery.find(); return performance.now() - t; }"
+            figures["search_seconds"].append(page.evaluate(search) / 1000)
+            page.close()
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def main(
+    images: Annotated[
+        int, typer.Option(help="Number of images; ten times as many are built without a browser.")
+    ] = 10_000,
+    json_file: JsonOption = None,
+) -> None:
+    """Build reports of made-up rows whose thumbnails are there already, and open the smaller one in Chromium."""
+    fresh = multiprocessing.get_context("spawn")
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        from PIL import Image
+
+        thumbnail = Path(folder, "thumbnail.webp")
+        Image.effect_noise((320, 213), 40).convert("RGB").save(thumbnail, "webp")
+        for name, number in (("smaller", images), ("larger", images * 10)):
+            output = Store(f"{folder}/{name}")
+            committed(output, 0, number, thumbnail)
+            with fresh.Pool(1) as pool:
+                figures[name] = pool.apply(built, (output.url,))
+            committed(output, number, NEW_IMAGES, thumbnail)
+            with fresh.Pool(1) as pool:
+                figures[name]["again_with_100_new"] = pool.apply(built, (output.url,))
+        figures["opened"] = opened(Path(folder, "smaller", REPORT, "index.html"))
+    record(json_file, "report", figures, "duckdb", "pyarrow")
+
+
+if __name__ == "__main__":
+    typer.run(main)
