@@ -244,6 +244,7 @@ def connect(output: Store, parts: Parts | None = None, *, spill: str | None = No
     if not parts.all:
         raise NoManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
     connection = duckdb.connect()
+    connection.execute("set enable_progress_bar = false")  # it would print among the answers
     if spill is not None:
         connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
         connection.execute("set temp_directory = ?", [spill])

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import lzma
+import mimetypes
 import os
 import posixpath
 import socket
@@ -29,6 +30,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from tasks.errors import InvalidKeyError, NoConditionalPutError, OversizeError, UnsafeFileError
 from tasks.layout import PROBE, TEMPORARY
 
+mimetypes.add_type("image/webp", ".webp")  # which Python 3.11 and 3.12 do not know
 T = TypeVar("T")
 NUM_TRIES = 6
 SINGLE_PUT_BYTES = 64 * 2**20
@@ -206,6 +208,20 @@ class Store:
             file.write(data)
             _flush(file)
             os.replace(file.name, path)
+
+    def write_for_browsers(self, key: str, data: bytes) -> None:
+        """`write`, but an object store also learns the file's type from its suffix: without it a browser shows nothing.
+
+        fsspec's filesystems guess a type only where they upload a file from this machine.
+        """
+        path = self._path(key)
+        if self.is_local:
+            self.write(key, data)
+            return
+        with tempfile.NamedTemporaryFile(prefix="diffcolor-", suffix=posixpath.splitext(key)[1]) as file:
+            file.write(data)
+            file.flush()
+            self.patiently(lambda: self.fs.put_file(file.name, path))
 
     @contextmanager
     def replacing(self, key: str) -> Iterator[IO[bytes]]:

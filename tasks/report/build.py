@@ -29,6 +29,7 @@ from importlib import resources
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
+from urllib.parse import quote
 
 import duckdb
 import jinja2
@@ -76,14 +77,14 @@ class Report:
 
 @dataclass(frozen=True)
 class _Folder:
-    """Below `prefix` of a store. link: the way to the output; None if there is none."""
+    """Below `prefix` of a store. link: the way to the output, as in an address; None if there is none."""
 
     store: Store
     prefix: str
     link: str | None
 
     def write(self, name: str, data: bytes) -> None:
-        self.store.write(f"{self.prefix}{name}", data)
+        self.store.write_for_browsers(f"{self.prefix}{name}", data)
 
     def names(self, folder: str) -> Iterator[str]:
         """The names of the files that are there."""
@@ -150,7 +151,7 @@ def _folder(output: Store, to: str | None) -> _Folder:
     if type(store.fs) is type(output.fs):
         ends = [os.path.realpath(s.root) if s.is_local else s.root.lstrip("/") for s in (output, store)]
         if output.is_local or ends[0].partition("/")[0] == ends[1].partition("/")[0]:  # the same bucket
-            link = posixpath.relpath(ends[0], ends[1]) + "/"
+            link = quote(posixpath.relpath(ends[0], ends[1])) + "/"
     return _Folder(store, "", link)
 
 

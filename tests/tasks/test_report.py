@@ -3,6 +3,7 @@
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from support.outputs import CONTEXT, SCRIPT, TARGETS, make_output, ok_row
 from tasks.errors import ManifestError, NoManifestError
 from tasks.layout import is_record, report_thumbnail, report_view
-from tasks.manifest import commit_part
+from tasks.manifest import commit_part, compact
 from tasks.report import build, write_report
 from tasks.report.overview import is_obeyed
 from tasks.report.sheet import comparison, contact_sheet
@@ -101,6 +102,9 @@ def test_what_a_report_has_made_is_used_again(archive, store, monkeypatch):
     assert first.num_data_files > 6
     again = write_report(store)
     assert (again.made.num_pictures, again.num_data_files) == (0, 0)
+    compact(store)
+    again = write_report(store)
+    assert (again.made.num_pictures, again.num_data_files) == (0, 0)
 
     before = names(store, "report/thumbs") | names(store, "report/data")
     make_output(archive, store, ["05b.png"], "000002-000000-00001")  # between others
@@ -157,15 +161,31 @@ def test_prompts_names_and_columns_stay_text(archive, store):
 
 
 def test_a_report_elsewhere_links_to_the_output(archive, tmp_path):
-    output, to = Store(str(tmp_path / "out")), Store(str(tmp_path / "shown" / "here"))
+    output, to = Store(str(tmp_path / "it's #1, 50% out")), Store(str(tmp_path / "shown" / "here"))
     make_output(archive, output, ["a.png"])
     done = write_report(output, to.url)
     assert Path(done.address) == tmp_path / "shown" / "here" / "index.html"
     assert not output.has("report/index.html")
     _, _, details = rows_of(to, "")
     linked = details[0][0]["files"]["output"]
-    assert linked.startswith("../../out/images/")
-    assert (tmp_path / "shown" / "here" / linked).is_file()
+    assert linked.startswith("../../it%27s%20%231%2C%2050%25%20out/images/")
+    assert (tmp_path / "shown" / "here" / unquote(linked)).is_file()
+
+
+def test_an_object_store_learns_what_its_files_are(archive, s3_url):
+    output = Store(s3_url)
+    make_output(archive, output, ["a.png"])
+    done = write_report(output)
+    assert done.made.num_pictures == 4
+    kinds = {
+        name.rpartition(".")[2]: output.fs.info(output.uri(name))["ContentType"] for name in names(output, "report")
+    }
+    assert kinds["html"] == "text/html"
+    assert kinds["css"] == "text/css"
+    assert kinds["js"] in ("text/javascript", "application/javascript")
+    assert kinds["webp"] == "image/webp"
+    assert kinds["jpg"] == "image/jpeg"
+    assert write_report(output).made.num_pictures == 0
 
 
 def test_a_report_on_another_store_holds_the_pictures_itself(archive, tmp_path):
