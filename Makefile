@@ -49,7 +49,7 @@ bench: setup  ## Measure costs and scale, then make the docs; 50 minutes on 2 id
 	$(BIN)/python -m benchmarks.scale queries --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.pipeline --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.fleet --json $(RESULTS)/scale.json
-	$(BIN)/python -m benchmarks.report_scale --json $(RESULTS)/scale.json
+	$(BIN)/python -m benchmarks.report_scale build --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.report
 
 study: setup  ## Measure the method against its rivals and ablations, then make the docs; 1.5 hours, resumes.
@@ -60,7 +60,7 @@ docs: setup  ## Make docs/results.md, its plots and docs/options.md from what th
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m flows.cli.options_table
 
-screenshots: setup  ## Make docs/report-*.png of the report in out/demo, with Chromium.
+screenshots: setup  ## Make docs/report-*.jpg of the report in out/demo, with Chromium.
 	$(BIN)/python -m benchmarks.screenshots $(OUT)/report docs
 
 train: setup  ## Train a model into out/MODEL-model (MODEL=demo or photo, of DATA); hours, resumes.

@@ -1,6 +1,7 @@
 """The report of large archives: time to build it again from existing thumbnails, memory, time to open it.
 
-python -m benchmarks.report_scale --json benchmarks/results/scale.json     (5 minutes)
+python -m benchmarks.report_scale build --json benchmarks/results/scale.json    (3 minutes)
+python -m benchmarks.report_scale open --json benchmarks/results/scale.json     (30 seconds; needs Chromium)
 """
 
 import multiprocessing
@@ -24,6 +25,8 @@ from tasks.manifest import commit_part
 from tasks.report import write_report
 from tasks.storage import Store
 
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+ImagesOption = Annotated[int, typer.Option(help="Number of images.")]
 ROWS_PER_PART = 5_000
 NEW_IMAGES = 100
 FIRST_VIEW = """() => new Promise(done => {
@@ -98,27 +101,30 @@ def opened(path: Path) -> dict[str, Any]:
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
-def main(
-    images: Annotated[
-        int, typer.Option(help="Number of images; ten times as many are built without a browser.")
-    ] = 10_000,
-    json_file: JsonOption = None,
-) -> None:
-    """Build reports of made-up rows whose thumbnails are there already, and open the smaller one in Chromium."""
+@app.command()
+def build(images: ImagesOption = 10_000, json_file: JsonOption = None) -> None:
+    """Build reports of this many images and of ten times as many, and again after 100 new images."""
     fresh = multiprocessing.get_context("spawn")
-    figures: dict[str, Any] = {}
+    figures: list[dict[str, Any]] = []
+    for number in (images, images * 10):
+        with tempfile.TemporaryDirectory() as folder:
+            committed(Store(folder), 0, number)
+            for new in (0, NEW_IMAGES):
+                committed(Store(folder), number, new)
+                with fresh.Pool(1) as pool:
+                    figures.append(pool.apply(built, (folder,)) | {"new_images": new or number})
+    record(json_file, "report_built", figures, "duckdb", "pyarrow")
+
+
+@app.command("open")
+def open_(images: ImagesOption = 10_000, json_file: JsonOption = None) -> None:
+    """Open a report of this many images in Chromium."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, number in (("smaller", images), ("larger", images * 10)):
-            output = Store(f"{folder}/{name}")
-            committed(output, 0, number)
-            with fresh.Pool(1) as pool:
-                figures[name] = pool.apply(built, (output.url,))
-            committed(output, number, NEW_IMAGES)
-            with fresh.Pool(1) as pool:
-                figures[name]["again_with_100_new"] = pool.apply(built, (output.url,))
-        figures["opened"] = opened(Path(folder, "smaller", REPORT, "index.html"))
-    record(json_file, "report", figures, "duckdb", "pyarrow")
+        committed(Store(folder), 0, images)
+        built(folder)
+        figures = opened(Path(folder, REPORT, "index.html"))
+        record(json_file, "report_opened", {"images": images} | figures)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

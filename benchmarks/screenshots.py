@@ -43,7 +43,9 @@ def main(
                 page.goto(f"{report.absolute().as_uri()}/index.html{address}")
                 page.wait_for_selector(f"#{name}:not([hidden])")
                 page.wait_for_load_state("networkidle")
-                page.screenshot(path=folder / f"report-{name}{suffix}.png", full_page=name in ("picture", "overview"))
+                page.screenshot(
+                    path=folder / f"report-{name}{suffix}.jpg", type="jpeg", quality=85, full_page=name == "overview"
+                )
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def test_an_object_store_learns_what_its_files_are(archive, s3_url):
     done = write_report(output)
     assert done.made.num_pictures == 4
     kinds = {
-        name.rpartition(".")[2]: output.fs.info(output.uri(name))["ContentType"] for name in names(output, "report")
+        name.rpartition(".")[2]: output.fs.info(output.uri(name), refresh=True)["ContentType"]
+        for name in names(output, "report")
     }
     assert kinds["html"] == "text/html"
     assert kinds["css"] == "text/css"

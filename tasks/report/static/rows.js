@@ -39,17 +39,14 @@ const diffcolor = (() => {
   }
 
   async function loadAll() {
-    const ahead = 4;
-    const files = setting.files.map(([index, details]) => ({ index, details }));
     const started = [];
-    for (let i = 0; i < files.length; i++) {
-      for (let j = started.length; j < Math.min(files.length, i + ahead); j++) started.push(load(files[j].index));
-      add(await started[i], files[i].details);
-      loaded = i === files.length - 1;
+    for (const [i, [, details]] of setting.files.entries()) {
+      const ahead = i === 0 ? 1 : 4; // the first rows are shown before the others are asked for
+      for (const [index] of setting.files.slice(started.length, i + ahead)) started.push(load(index));
+      add(await started[i], details);
+      loaded = i === setting.files.length - 1;
       tell();
     }
-    loaded = true;
-    tell();
   }
 
   let told = 0;
