@@ -33,6 +33,10 @@ class NoManifestError(ManifestError):
     """An output without a manifest: nothing has been committed yet."""
 
 
+class ChoicesError(ValueError):
+    """A file of choices that cannot be applied."""
+
+
 class CatalogError(ValueError):
     """A catalog that cannot be read as a table of prompts."""
 

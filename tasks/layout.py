@@ -7,6 +7,7 @@
     manifest/<run>-repair.parquet                         the rows that `verify --repair` has queued again
     manifest/compacted-<number>-<token>/*.parquet         the parts of a compaction
     manifest/compacted-<number>.json                      the pointer to them; the highest number counts
+    approvals/<number>.parquet                            what people have chosen: the rows of one file of choices
     results.parquet                                       the latest row of each image and variant, for readers
     runs/<run>.json, .beat, .end                          a run's record and lease, its sign of life, its end
     report/index.html, *.css, *.js, report.json           the report: its page, and the record of what it names
@@ -27,6 +28,7 @@ import unicodedata
 IMAGES = "images"
 FITS = "fits"
 MANIFEST = "manifest"
+APPROVALS = "approvals"
 RUNS = "runs"
 DAMAGED = "damaged"
 RESULTS = "results.parquet"
@@ -45,6 +47,7 @@ EXPIRED = "expired"
 POINTER = re.compile(rf"{MANIFEST}/compacted-(\d{{6}})\.json")
 COMPACTED_PART = re.compile(rf"{MANIFEST}/compacted-(\d{{6}})-[^/]+/[^/]+\.parquet")
 LOOSE_PART = re.compile(rf"{MANIFEST}/[^/]+\.parquet")
+APPROVAL = re.compile(rf"{APPROVALS}/(\d{{6}})\.parquet")
 RUN_RECORD = re.compile(rf"{RUNS}/(\d{{6}})\.json")
 RUN_FILE = re.compile(rf"{RUNS}/\d{{6}}\.(json|beat|end)")
 
@@ -106,6 +109,11 @@ def pointer(number: int) -> str:
     return f"{MANIFEST}/compacted-{number:06d}.json"
 
 
+def approval(number: int) -> str:
+    """The key of the choices that were applied as the output's `number`th file of them."""
+    return f"{APPROVALS}/{number:06d}.parquet"
+
+
 # ------------------------------------------------------------------ runs
 
 
@@ -134,7 +142,7 @@ def is_record(key: str) -> bool:
     return (
         key == RESULTS
         or key.startswith((f"{DAMAGED}/", f"{REPORT}/"))
-        or any(pattern.fullmatch(key) for pattern in (RUN_FILE, LOOSE_PART, POINTER))
+        or any(pattern.fullmatch(key) for pattern in (RUN_FILE, LOOSE_PART, POINTER, APPROVAL))
     )
 
 

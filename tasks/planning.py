@@ -217,7 +217,7 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
         return
     columns = f"""image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
         coalesce(generation, 0), coalesce(error_class = '{MISSING_OUTPUT}', false), catalog_columns"""
-    _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from results"))
+    _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from latest"))
     rows = manifest.execute(
         "select image_key, config_sha256, coalesce(input_version, '') from attempts where status = 'ok'"
     )

@@ -96,6 +96,13 @@ def folder_of(address: str, key: str) -> str:
     return address.removesuffix(key).rstrip("/") or "/"
 
 
+def locate(address: str) -> tuple["Store", str]:
+    """The folder of one file, by its path or URL, and the file's key there. A local link stands for its file."""
+    where = address if "://" in address else os.path.realpath(address)
+    folder, _, name = where.rpartition("/")
+    return Store(folder or "/"), name
+
+
 def this_machine() -> str:
     """Names this machine, its last boot and its container: within them a process number means one process."""
     try:

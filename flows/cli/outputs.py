@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.cli.common import OutputArgument, app, console, errors_told, print_table
+from flows.cli.common import OutputArgument, app, console, errors_told, notes, print_table
 
 _FORMAT_HELP = "How to print: `jsonl` has one JSON object per line. Default: `table` on a terminal, else `jsonl`."
 
@@ -19,13 +19,13 @@ _FORMAT_HELP = "How to print: `jsonl` has one JSON object per line. Default: `ta
 @app.command()
 def query(
     output: OutputArgument,
-    sql: Annotated[str, typer.Argument(help="One SELECT over the views `results` and `attempts`.")],
+    sql: Annotated[str, typer.Argument(help="One SELECT over the views `results`, `attempts` and `approvals`.")],
     format: Annotated[Literal["table", "jsonl", "json", "csv"] | None, typer.Option(help=_FORMAT_HELP)] = None,
 ) -> None:
     """Ask the manifest a question in SQL (DuckDB, read-only).
 
-    View `results` has the latest row of each image and variant, `attempts` every row ever written. `describe
-    results` lists the columns with their units and meaning.
+    View `results` has the latest row of each image and variant, `attempts` every row ever written, `approvals` every
+    choice of a person. `describe results` lists the columns with their units and meaning.
 
     Example: `diffcolor query out/demo "select image_key, target_prompt, colorfulness from results"`
     """
@@ -140,6 +140,34 @@ def expire_fits(
     with errors_told():
         done = expire(Store(output), older_than_days)
     console.print(f"{done.num_fits} fits deleted, {done.num_bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def approve(
+    output: OutputArgument,
+    choices: Annotated[str, typer.Argument(help="The JSON file that the report's page has saved: a path or URL.")],
+    format: Annotated[Literal["table", "jsonl"] | None, typer.Option(help=_FORMAT_HELP)] = None,
+) -> None:
+    """Keep what a person has chosen in the report: each picture approved or rejected, with a note.
+
+    All choices of the file are applied, or none: those about a picture that is not there, or that was changed since
+    the person looked at it, are printed with the reason, and the exit code is 2. All choices are kept in OUTPUT, and
+    the one saved last counts: columns `choice`, `choice_note`, `choice_by` and `choice_at` of the view `results` and
+    of results.parquet; view `approvals` has every one. Applying a file again changes nothing.
+
+    Example: `diffcolor approve out/demo choices.json && diffcolor query out/demo "from approvals"`
+    """
+    from tasks.approvals import RefusedChoicesError, apply_choices, read_choices
+    from tasks.storage import Store
+
+    with errors_told():
+        asked = read_choices(choices)
+        try:
+            applied = apply_choices(Store(output), asked)
+        except RefusedChoicesError as error:
+            _print_rows(["choice", "image", "variant", "refused_because"], error.refusals, format)
+            raise
+    notes.print(f"{applied} choices applied, {len(asked.choices) - applied} were there before")
 
 
 def _print_rows(
