@@ -37,6 +37,10 @@ class ChoicesError(ValueError):
     """A file of choices that cannot be applied."""
 
 
+class ExportError(ValueError):
+    """An export that cannot be made as it was asked for, or would overwrite something."""
+
+
 class CatalogError(ValueError):
     """A catalog that cannot be read as a table of prompts."""
 

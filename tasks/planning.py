@@ -28,14 +28,11 @@ def output_below(archive: Store, output: Store) -> str | None:
 
     Raises ValueError if the archive lies in the output, or is the same folder.
     """
-    if type(archive.fs) is not type(output.fs):
-        return None
-    inner, outer = (f"{os.path.realpath(s.root) if s.is_local else s.root}/" for s in (output, archive))
-    if outer.startswith(inner):
+    if archive.below(output) is not None:
         raise ValueError(
             f"the archive {archive.url!r} lies in the output {output.url!r}: name an output beside or below the archive"
         )
-    return inner[len(outer) :] if inner.startswith(outer) else None
+    return output.below(archive)
 
 
 def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:

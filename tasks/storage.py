@@ -161,6 +161,13 @@ class Store:
             chain[-1] = os.path.abspath(chain[-1])
         return "::".join((f"{self.url.partition('://')[0]}://{self.root}", *chain))
 
+    def below(self, outer: "Store") -> str | None:
+        """This folder's path below `outer`, as in "out/", "" if it is the same; None if it lies elsewhere."""
+        if type(self.fs) is not type(outer.fs):
+            return None
+        mine, its = (f"{os.path.realpath(s.root) if s.is_local else s.root}/" for s in (self, outer))
+        return mine[len(its) :] if mine.startswith(its) else None
+
     def uri(self, key: str) -> str:
         """The full address of a key: a path for a local folder, else a URL."""
         path = self._join(check_key(key))

@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows.cli.common import OutputArgument, app, console, errors_told, notes, print_table
 
@@ -168,6 +169,48 @@ def approve(
             _print_rows(["choice", "image", "variant", "refused_because"], error.refusals, format)
             raise
     notes.print(f"{applied} choices applied, {len(asked.choices) - applied} were there before")
+
+
+@app.command()
+def export(
+    output: OutputArgument,
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="Folder or URL to write to; with --bag a local folder.")
+    ],
+    approved: Annotated[bool, typer.Option("--approved", help="Only pictures that a person has approved.")] = False,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help="Only rows of the view `results` for which this SQL is true.")
+    ] = None,
+    format: Annotated[
+        Literal["png", "tiff", "jpeg", "webp"] | None,
+        typer.Option(help="Hand on files of this format, with the same metadata. By default, the files as they are."),
+    ] = None,
+    bag: Annotated[bool, typer.Option("--bag", help="Make DEST a BagIt bag with SHA-256 sums.")] = False,
+) -> None:
+    """Copy results to DEST, in the archive's folders and under its file names, to hand them on.
+
+    diffcolor-export.csv says what each file is, with the catalog's other columns. A picture's own name gets its
+    format's suffix, and the variant's name where an image has several. The same command goes on after a stop. No other
+    file is overwritten: pictures whose name is taken are told, exit code 2.
+
+    Example: `diffcolor export out/demo handover --where "colorfulness > 10" --bag`
+    """
+    from tasks.export import export as hand_on
+    from tasks.storage import Store
+
+    columns = (TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with errors_told(), Progress(*columns, console=notes) as bar:
+        line = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(line, completed=done, total=total)
+
+        stores = Store(output), Store(destination)
+        done = hand_on(*stores, approved=approved, where=where, image_format=format, bag=bag, progress=show)
+    if done.num_written + done.num_there:
+        console.print(f"{done.num_written} pictures exported, {done.num_there} were there before")
+    else:
+        console.print("no picture matches, so nothing was written")
 
 
 def _print_rows(

@@ -102,3 +102,10 @@ def test_choices_that_are_refused_are_told_one_by_one(output, tmp_path):
     assert (refused["choice"], refused["image"], refused["variant"]) == (1, "b.png", "v")
     assert refused["refused_because"] == "it has no picture, its status is quarantined"
     assert Store(output).list("approvals") == []
+
+
+def test_an_export_that_cannot_be_made_is_wrong_usage(output, tmp_path):
+    ask("export", output, str(tmp_path / "d"), "--where", "nonsense", code=2)
+    ask("export", output, "memory://bag", "--bag", code=2)
+    assert ask("export", output, str(tmp_path / "d"), "--approved").startswith("no picture matches")
+    assert not (tmp_path / "d").exists()
