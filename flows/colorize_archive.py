@@ -16,6 +16,7 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
+from flows.stopping import stopping_after
 from tasks.actors import ray_actors
 from tasks.lease import hold_output
 from tasks.manifest import publish_results
@@ -57,7 +58,8 @@ def colorize(run: Run) -> dict[str, int]:
         )
     # 1. hold the output, alone
     record = config.record() | {"flow_run_id": flow_run.id}
-    with hold_output(target, record, after=publish_results) as lease:
+    holding = hold_output(target, record, after=publish_results)
+    with holding as lease, stopping_after(config.options.max_hours):
         config = replace(config, generation=lease.generation)
         if lease.took_over and lease.took_over.get("flow_run_id"):
             _mark_crashed(lease.took_over["flow_run_id"], f"taken over by run {config.run_id}: its process is dead")

@@ -92,6 +92,9 @@ class ResumeOptions(_Options):
     """What to try again besides what is not done: images that `failed`, or also those that were `quarantined`."""
     commit_every: AtLeastOne = 8
     """Images per manifest part. A run that is killed repeats at most this many images of each shard."""
+    max_hours: Annotated[float, Field(ge=0.001)] | None = None
+    """Stop the run in order after so many hours, as SIGTERM does: finished images are committed, and the same command
+    goes on later."""
     image_timeout_seconds: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after which an image's actor is killed, in case a decoder or a driver hangs."""
     max_attempts: AtLeastOne = 3
