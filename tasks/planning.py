@@ -91,11 +91,12 @@ class Plan:
 
     def shards(self, size: int, num_actors: int = 1) -> Iterator[Shard]:
         """The planned images in order, in shards of the sizes that `shard_sizes` gives."""
-        images = self._images()
+        images = self.images()
         for number, num_images in enumerate(shard_sizes(self.num_images, size, num_actors)):
             yield Shard(number, tuple(islice(images, num_images)))
 
-    def _images(self) -> Iterator[PlannedImage]:
+    def images(self) -> Iterator[PlannedImage]:
+        """The planned images in order."""
         for _, group in groupby(self._todo(), key=itemgetter(0)):
             rows = list(group)
             _, _, image, context, _, version, number, *_ = rows[0]

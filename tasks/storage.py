@@ -194,11 +194,16 @@ class Store:
         path = self._path(key)
         return self.patiently(lambda: int(self.fs.info(path)["size"]))
 
-    def open(self, key: str) -> IO[bytes]:
-        """The file at `key` for reading as a stream. Raises FileNotFoundError."""
+    def open(self, key: str, *, block_bytes: int | None = None) -> IO[bytes]:
+        """The file at `key` for reading as a stream. Raises FileNotFoundError.
+
+        block_bytes: what is fetched at a time from an object store; by default the filesystem's own, several megabytes.
+        """
         path = self._readable(key)
         self.fs.invalidate_cache()  # of sizes and ETags: the file may have been replaced
-        return self.patiently(lambda: self._unpacked(key, lambda: cast(IO[bytes], self.fs.open(path, "rb"))))
+        return self.patiently(
+            lambda: self._unpacked(key, lambda: cast(IO[bytes], self.fs.open(path, "rb", block_size=block_bytes)))
+        )
 
     def _unpacked(self, key: str, call: Callable[[], T]) -> T:
         """`call()`. A file of a zip or tar that cannot be read raises UnsafeFileError: trying again does not help."""

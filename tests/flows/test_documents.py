@@ -1,4 +1,4 @@
-"""Every command of docs/curators.md, run as it stands there."""
+"""Every command of docs/curators.md and docs/operate.md, run as it stands there."""
 
 import json
 import re
@@ -65,3 +65,17 @@ def test_the_curators_commands(demo, tmp_path):
     bag = bagit.Bag(str(tmp_path / "accession-2026-17"))
     bag.validate()
     assert len(bag.payload_entries()) == 3
+
+
+def test_the_operators_commands(demo):
+    """One after the other on an empty output: first without measurements, at last with all done."""
+    told = [give(*words) for words in commands("operate.md")]
+    first, probed, given = (json.loads(text) for text in told[:3])
+    assert (first["images_new"], first["images_unusable"], first["seconds"]) == (4, 1, None)
+    assert probed["seconds"] > 0
+    assert (given["gpu_hours"], given["cost"]) == (3 * 420 / 3600, 3 * 420 / 3600 * 2.5)
+    assert query(demo, "select count(*) from results where status = 'ok'").fetchall() == [(4,)]
+    assert json.loads(give("run", "examples/archive", "out/demo", "--dry-run"))["variants_done"] == {
+        "ok": 4,
+        "quarantined": 1,
+    }
