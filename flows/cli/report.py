@@ -57,6 +57,10 @@ def sheet(
     columns: Annotated[int, typer.Option(min=1, max=12, help="Results in each line.")] = 2,
     limit: Annotated[int, typer.Option(min=1, max=2000, help="Show at most this many results.")] = 24,
     size: SizeOption = 256,
+    truth: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL of the originals in colour, under the scans' keys: shown beside each result."),
+    ] = None,
 ) -> None:
     """Draw a contact sheet: scan, primary and colours of the first results, with their prompts.
 
@@ -66,7 +70,9 @@ def sheet(
     from tasks.storage import Store
 
     with errors_told():
-        _write_picture(file, lambda: contact_sheet(Store(output), columns=columns, limit=limit, picture_px=size))
+        originals = None if truth is None else Store(truth)
+        settings = {"columns": columns, "limit": limit, "picture_px": size}
+        _write_picture(file, lambda: contact_sheet(Store(output), truth=originals, **settings))
 
 
 @app.command()

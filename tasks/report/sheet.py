@@ -1,7 +1,7 @@
 """Pictures of results as one picture: a contact sheet of many images, or all that there is of one."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -10,7 +10,7 @@ from diffcolor_core import read_picture
 from tasks.errors import ManifestError
 from tasks.manifest import connect
 from tasks.report.overview import OBEYED
-from tasks.report.pictures import Source, sources_of
+from tasks.report.pictures import sources_of
 from tasks.storage import Store
 
 INK, QUIET, PAPER, MAT = "#22201c", "#645f56", "#f6f4ef", "#e6e2d9"
@@ -25,19 +25,25 @@ Cell = tuple[Image.Image | None, str, str]
 _ROWS = "from results where status = 'ok'"
 
 
-def contact_sheet(output: Store, *, columns: int = 2, limit: int = 24, picture_px: int = 256) -> Image.Image:
+def contact_sheet(
+    output: Store, *, columns: int = 2, limit: int = 24, picture_px: int = 256, truth: Store | None = None
+) -> Image.Image:
     """Scan, primary and colours of the first results, in the order of their images, as one picture.
 
-    columns: results in each line. Raises ManifestError if there is no result.
+    columns: results in each line. truth: a folder that has the originals in their own colours under the scans' keys;
+    they are drawn last. Raises ManifestError if there is no result.
     """
     rows = _rows(output, f"{_ROWS} order by image_key, target_prompt nulls first limit ?", [limit])
     if not rows:
         raise ManifestError(f"no image of {output.url!r} has been coloured yet: there is nothing to show")
+    shown = [_cells_of(output, row, picture_px) for row in rows]
+    widest = max(map(len, shown))
     cells: list[Cell | None] = []
-    for row in rows:
-        cells += _cells_of(output, row, picture_px)
-        cells += [None] * (-len(cells) % 3)  # a result without a target prompt leaves a gap
-    return _drawn(cells, min(3 * columns, len(cells)), picture_px)
+    for row, some in zip(rows, shown, strict=True):
+        cells += [*some, *[None] * (widest - len(some))]  # a result without a target prompt leaves a gap
+        if truth is not None:
+            cells.append(_cell(partial(truth.read, row["image_key"]), "original", "", picture_px))
+    return _drawn(cells, min((widest + (truth is not None)) * columns, len(cells)), picture_px)
 
 
 def comparison(output: Store, image_key: str, *, picture_px: int = 512) -> Image.Image:
@@ -75,14 +81,15 @@ def _cells_of(output: Store, row: dict[str, Any], picture_px: int) -> list[Cell]
         missed = [n for n in row["nouns"] or () if (n["agreement"] or 0) < OBEYED]
         words = ", ".join(f"{n['color']} {n['noun']}" for n in missed)
         texts["output"] = (f"not obeyed: {words}" if words else "colours asked for", row["target_prompt"])
-    return [_cell(output, there.get(kind), title, text, picture_px) for kind, (title, text) in texts.items()]
+    read = {kind: partial(source.read, output) for kind, source in there.items()}
+    return [_cell(read.get(kind), title, text, picture_px) for kind, (title, text) in texts.items()]
 
 
-def _cell(output: Store, source: Source | None, title: str, text: str, picture_px: int) -> Cell:
-    if source is None:
+def _cell(read: Callable[[], bytes] | None, title: str, text: str, picture_px: int) -> Cell:
+    if read is None:
         return None, title, text
     try:
-        picture = read_picture(source.read(output)).to_pil()
+        picture = read_picture(read()).to_pil()
     except (OSError, ValueError) as error:
         return None, title, f"cannot be shown: {error}"
     return ImageOps.contain(picture.convert("RGB"), (picture_px, picture_px)), title, text

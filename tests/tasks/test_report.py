@@ -6,15 +6,15 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from support.outputs import CONTEXT, SCRIPT, TARGETS, make_output, ok_row
 from tasks.errors import ManifestError, NoManifestError
-from tasks.layout import is_record, report_thumbnail, report_view
+from tasks.layout import is_record, key_of, report_thumbnail, report_view
 from tasks.manifest import commit_part, compact
 from tasks.report import build, write_report
 from tasks.report.overview import is_obeyed
-from tasks.report.sheet import comparison, contact_sheet
+from tasks.report.sheet import MAT, comparison, contact_sheet
 from tasks.storage import Store, folder_of, joined
 from tasks.verify import verify
 
@@ -246,6 +246,26 @@ def test_a_sheet_and_a_comparison(archive, store):
     assert comparison(store, "a.png", picture_px=64).width == 3 * 80 + 16  # scan, primary and two results: two lines
     with pytest.raises(ManifestError, match="no coloured image 'c.png'"):
         comparison(store, "c.png")
+
+
+def test_a_sheet_with_the_originals_beside_the_results(archive, store, tmp_path):
+    rows = make_output(archive, store, ["a.png", "b.png"])
+    truth = Store(str(tmp_path / "truth"))
+    truth.write("a.png", store.read(key_of(rows[0]["output_uri"])))
+    sheet = contact_sheet(store, columns=1, limit=4, picture_px=64, truth=truth)
+    assert sheet.width == 4 * (64 + 16) + 16
+    line = (sheet.height - 16) // 4
+
+    def middle(row, column):
+        return sheet.getpixel((16 + 80 * column + 32, 16 + line * row + 32))
+
+    obeyed = next(number for number in (0, 1) if middle(number, 2) == middle(number, 3))
+    assert middle(1 - obeyed, 2) != middle(1 - obeyed, 3) == middle(obeyed, 3), "each result beside the same original"
+    assert middle(2, 3) == ImageColor.getrgb(MAT), "there is no original of b.png"
+
+    commit_part(store, "000002-000000-00001", [row | {"target_prompt": None, "generation": 2} for row in rows])
+    sheet = contact_sheet(store, columns=1, picture_px=64, truth=truth)
+    assert sheet.width == 3 * (64 + 16) + 16, "no column for colours that nobody asked for"
 
 
 def test_the_context_of_the_rows_is_what_the_page_hands_to_recolor(archive, store):
