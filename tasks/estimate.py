@@ -54,7 +54,7 @@ class Estimate:
     images_retried: int
     """Those that have been tried, and would be again."""
     images_unusable: int
-    """How many of both will be quarantined: unreadable by their header, missing, or without a prompt."""
+    """How many of both will be quarantined: unreadable by their header, or named by the catalog and not there."""
     unusable: list[dict[str, str]]
     """The first of those, with the reason."""
     variants_to_do: int
