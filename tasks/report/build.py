@@ -57,8 +57,8 @@ INDEX_COLUMNS = (
 DETAIL_COLUMNS = (
     *("input_uri", "input_sha256", "bit_depth", "input_mode", "pages_left_out", "output_uri", "output_bytes"),
     *("access_uri", "primary_uri", "fit_uri", "fit_bytes", "fit_reused", "adopted_from", "fallback"),
-    *("rewritten_prompt", "model_id", "model_revision", "config_sha256", "seed", "alpha", "alpha_scores", "attempt"),
-    *("stage1_seconds", "stage2_seconds", "sampling_seconds", "device_name", "peak_memory_bytes", "node"),
+    *("context_is_generic", "rewritten_prompt", "model_id", "model_revision", "config_sha256", "seed", "alpha"),
+    *("attempt", "stage1_seconds", "stage2_seconds", "sampling_seconds", "device_name", "peak_memory_bytes", "node"),
     *("started_at", "software_version", "generation", "error_message", "choice_by", "choice_at"),
 )
 """What the page of one image shows besides."""

@@ -46,8 +46,8 @@ _NOUNS = f"""
 
 _EXAMPLES = f"""
     select image_key, variant, input_sha256, output_sha256, target_prompt from results
-    where status = 'ok' and target_prompt is not null and input_sha256 is not null and output_sha256 is not null
-    qualify row_number() over (partition by image_key order by variant) = 1
+    where status = 'ok' and input_sha256 is not null and output_sha256 is not null
+    qualify row_number() over (partition by image_key order by target_prompt is null, variant) = 1
     order by hash(image_key) limit {NUM_EXAMPLES}"""
 
 

@@ -93,6 +93,17 @@ def test_a_report_shows_every_result_with_its_pictures(archive, store):
     assert not list(verify(store))
 
 
+def test_the_first_page_has_an_example_of_each_image_with_the_colours_asked_for_if_there_are_any(archive, store):
+    rows = make_output(archive, store, ["a.png", "b.png"])
+    captionless = [row | {"target_prompt": None, "generation": 2} for row in rows if row["image_key"] == "b.png"]
+    commit_part(store, "000002-000000-00001", captionless)
+    write_report(store)
+    page = store.read("report/index.html").decode()
+    assert page.count('class="before"') == 2
+    assert f'alt="a.png: {TARGETS[0]}"' in page or f'alt="a.png: {TARGETS[1]}"' in page
+    assert 'alt="b.png: no colours asked for"' in page
+
+
 def test_what_a_report_has_made_is_used_again(archive, store, monkeypatch):
     keys = [f"{number:02}.png" for number in range(40)]
     monkeypatch.setattr(build, "IMAGES_PER_FILE", 4)

@@ -146,14 +146,14 @@ diffcolor.picture = (() => {
     by("variants").replaceChildren(...image.results.map((result, i) => {
       const record = records[i];
       const choice = choices.of(result);
-      const prompt = result.target_prompt ?? result.context_prompt ?? "";
+      const primary = record.context_is_generic ? "primary: nobody has said what is in it" : `primary: ${result.context_prompt ?? ""}`;
       const shown = record.pictures.output ?? record.pictures.scan;
       const item = el("li", { class: i === chosen ? "variant current" : "variant" },
         shown ? el("img", { src: shown.thumb, alt: "", loading: "lazy" }) : el("span", { class: "none" }, "no picture"),
         el("div", {},
           el("p", { class: "prompt" }, el("a", {
             href: address({ view: "picture", image: image.key, variant: result.variant }), "aria-current": i === chosen ? "true" : null,
-          }, ...(result.target_prompt ? marked(prompt, record.nouns) : [`primary: ${prompt}`]))),
+          }, ...(result.target_prompt ? marked(result.target_prompt, record.nouns) : [primary]))),
           result.status === "ok" ? null : el("p", {}, el("span", { class: `badge ${result.status}` }, result.status),
             ` ${result.error_class}: ${record.error_message}`)));
       if (result.status === "ok") {
@@ -196,7 +196,8 @@ diffcolor.picture = (() => {
   const ask = by("ask-one");
 
   function drawAsk() {
-    ask.elements.prompt.value = image.results[chosen].target_prompt ?? image.results[chosen].context_prompt ?? "";
+    const { target_prompt, context_prompt } = image.results[chosen];
+    ask.elements.prompt.value = target_prompt ?? (records[chosen].context_is_generic ? "" : context_prompt) ?? "";
     by("asked").textContent = "";
     drawHints();
   }
@@ -237,7 +238,7 @@ diffcolor.picture = (() => {
     const record = records[chosen];
     const file = (name, label) => (record.files[name] ? el("a", { href: record.files[name] }, label) : record[`${name}_uri`]);
     const groups = {
-      Prompts: [["in the picture", result.context_prompt], ["asked for", result.target_prompt],
+      Prompts: [["in the picture", record.context_is_generic ? null : result.context_prompt], ["asked for", result.target_prompt],
         ["rewritten", record.rewritten_prompt]],
       Measures: [["colourfulness", number(result.colorfulness, 1)], ["CLIP similarity", number(result.clip_similarity, 3)],
         ["mean |ΔL*|", number(result.mean_abs_delta_l, 3)], ["99% |ΔL*|", number(result.p99_abs_delta_l, 3)]],
