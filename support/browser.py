@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from support.waiting import wait_until
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 AXE_CORE = "axe-core@4.14.1"
@@ -40,6 +42,26 @@ def browser(path: str) -> Iterator[Browser]:
             yield running
         finally:
             running.close()
+
+
+def watch(page: Page, *origins: str) -> list[str]:
+    """What is wrong with a page, a list that grows: what it logs, its errors, its requests to others than `origins`.
+
+    origins: how the addresses of allowed requests begin.
+    """
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    allowed = (*origins, "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(allowed) or problems.append(request.url))
+    page.on("response", lambda response: response.ok or problems.append(f"{response.status}: {response.url}"))
+    return problems
+
+
+def wait_for(page: Page, expression: str) -> None:
+    """Wait until the expression holds. Playwright's own waiting evaluates text in the page, which reports forbid."""
+    if not wait_until(lambda: bool(page.evaluate(expression)), 60):
+        raise TimeoutError(f"after a minute it is still not true that {expression}")
 
 
 def axe_core() -> str:

@@ -3,16 +3,14 @@
 import functools
 import http.server
 import json
-import os
 import threading
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
-from support.browser import NoBrowserError, axe_core, browser, chromium
+from support.browser import NoBrowserError, axe_core, wait_for, watch
 from support.outputs import CONTEXT, SCRIPT, TARGETS, make_output, ok_row
-from support.waiting import wait_until
 from tasks.archive import RECOLOR_COLUMNS, read_catalog
 from tasks.manifest import commit_part, query
 from tasks.report import write_report
@@ -20,16 +18,6 @@ from tasks.storage import Store
 
 KEYS = [f"box {number % 3}/scan {number:02}.png" for number in range(30)]
 EVIL = f"{SCRIPT}.png".replace("/", "∕")  # a name of a file may hold everything but a slash
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    try:
-        path = chromium(install="DIFFCOLOR_TEST_BROWSER" in os.environ)
-    except NoBrowserError as error:
-        pytest.skip(str(error))
-    with browser(path) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +37,13 @@ def output(tmp_path_factory) -> Store:
 @pytest.fixture
 def open_page(chrome, output):
     """Opens a view of the report. At the end nothing must have been logged, and nothing asked of anybody else."""
-    problems: list[str] = []
-    contexts = []
+    contexts, problems = [], []
 
     def open_(address: str = "", **options):
         context = chrome.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True, **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: request.url.startswith(("file://", "data:", "blob:")) or problems.append(request.url),
-        )
+        problems.append(watch(page, "file://"))
         page.goto(f"{Path(output.uri('report/index.html')).as_uri()}{address}")
         wait_for(page, "diffcolor.loaded")
         return page
@@ -69,17 +51,12 @@ def open_page(chrome, output):
     yield open_
     for context in contexts:
         context.close()
-    assert problems == []
+    assert [problem for some in problems for problem in some] == []
 
 
 def cards(page) -> list[str]:
     """The names on the cards that are shown."""
     return page.locator("#cards .key").all_text_contents()
-
-
-def wait_for(page, expression: str) -> None:
-    """Wait until the expression holds. Playwright's own waiting evaluates text in the page, which the page forbids."""
-    assert wait_until(lambda: page.evaluate(expression), 30), expression
 
 
 def found(page, number: int) -> None:
