@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 # Long spin-waits starve other processes; none at all slows each step (torch, where it uses GNU OpenMP).
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help setup demo test lint bench study docs train chaos
+.PHONY: help setup demo test lint bench study docs screenshots train chaos
 .DEFAULT_GOAL := help
 
 help:  ## List these commands.
@@ -26,9 +26,9 @@ demo: setup  ## Colorize photographs into out/photographs and rendered scenes in
 	$(BIN)/diffcolor run out/gray out/photographs
 	$(BIN)/diffcolor run examples/archive $(OUT) --model demo
 	$(BIN)/diffcolor status $(OUT)
-	$(BIN)/python -m benchmarks.contact_sheet out/photographs out/photographs.jpg --truth out/truth
-	$(BIN)/python -m benchmarks.contact_sheet $(OUT) out/scenes.jpg
-	@echo "look at out/photographs.jpg and out/scenes.jpg; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
+	$(BIN)/diffcolor sheet out/photographs out/photographs.jpg --truth out/truth
+	$(BIN)/diffcolor sheet $(OUT) out/scenes.jpg
+	@echo "look at out/photographs/report/index.html and $(OUT)/report/index.html; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
 test: setup  ## Run all tests, with real local Ray and Prefect servers.
 	$(BIN)/pytest
@@ -49,6 +49,7 @@ bench: setup  ## Measure costs and scale, then make the docs; 50 minutes on 2 id
 	$(BIN)/python -m benchmarks.scale queries --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.pipeline --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.fleet --json $(RESULTS)/scale.json
+	$(BIN)/python -m benchmarks.report_scale build --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.report
 
 study: setup  ## Measure the method against its rivals and ablations, then make the docs; 1.5 hours, resumes.
@@ -58,6 +59,9 @@ study: setup  ## Measure the method against its rivals and ablations, then make 
 docs: setup  ## Make docs/results.md, its plots and docs/options.md from what they show.
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m flows.cli.options_table
+
+screenshots: setup  ## Make docs/report-*.jpg of the report in out/demo, with Chromium.
+	$(BIN)/python -m benchmarks.screenshots $(OUT)/report docs
 
 train: setup  ## Train a model into out/MODEL-model (MODEL=demo or photo, of DATA); hours, resumes.
 	$(BIN)/python -m diffcolor_training.$(MODEL) --out out/$(MODEL)-model $(if $(filter photo,$(MODEL)),--data $(DATA))

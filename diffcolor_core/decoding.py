@@ -14,7 +14,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -28,6 +28,7 @@ FORMATS = (
     *("AVIF", "PSD", "PCX", "SGI", "SUN", "QOI"),
 )
 _KEPT_TAGS = (270, 271, 272, 305, 306, 315, 33432)  # description, make, model, software, date, artist, copyright
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _UNSIGNED, _SIGNED, _FLOAT = (1, 4), 2, 3  # TIFF's SampleFormat; 4, "undefined", is read as unsigned
 MAX_PIXELS = 178_956_970  # Pillow's own error limit: larger pictures are refused as decompression bombs
 MAX_SIDE_PX = 1_000_000  # libpng's limit: the result of a longer scan could not be written
@@ -71,6 +72,32 @@ def decode(data: bytes) -> Decoded:
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise nearly anything on a broken file
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def read_size(file: IO[bytes]) -> tuple[int, int]:
+    """Width and height of a file's first frame or page as stored, by its header: no sample is decoded.
+
+    Raises UnreadableImageError for what `decode` refuses by the header. A file whose samples are damaged passes.
+    """
+    try:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                size = image.size
+        except UnidentifiedImageError:  # some deep TIFFs, which Pillow does not know
+            file.seek(0)
+            if file.read(4) not in _TIFF_SIGNATURES:
+                raise
+            file.seek(0)
+            page = tifffile.TiffFile(file).pages[0]
+            size = int(page.imagewidth), int(page.imagelength)
+        _check_size(*size)
+        return size
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:  # as in `decode`
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
@@ -367,7 +394,7 @@ def _deep_avif(image: Image.Image, data: bytes) -> _Deep | None:
 
 def _open_tiff(data: bytes) -> tifffile.TiffFile | None:
     """A TIFF whose first page can be read; None for other files, of which Pillow gives the reason."""
-    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if data[:4] not in _TIFF_SIGNATURES:
         return None
     try:
         tiff = tifffile.TiffFile(io.BytesIO(data))

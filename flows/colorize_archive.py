@@ -1,5 +1,6 @@
 """The flow `colorize-archive`: from a folder of scans to colorized pictures and a manifest."""
 
+import logging
 import math
 import os
 from collections import Counter
@@ -15,12 +16,14 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
+from flows.stopping import stopping_after
 from tasks.actors import ray_actors
 from tasks.lease import hold_output
 from tasks.manifest import publish_results
 from tasks.options import RunOptions, flow_parameters
 from tasks.planning import shard_sizes
 from tasks.progress import RunProgress
+from tasks.report import write_report
 from tasks.runs import Run, open_run
 from tasks.shards import colorize_shard
 from tasks.storage import Store
@@ -55,7 +58,8 @@ def colorize(run: Run) -> dict[str, int]:
         )
     # 1. hold the output, alone
     record = config.record() | {"flow_run_id": flow_run.id}
-    with hold_output(target, record, after=publish_results) as lease:
+    holding = hold_output(target, record, after=publish_results)
+    with holding as lease, stopping_after(config.options.max_hours):
         config = replace(config, generation=lease.generation)
         if lease.took_over and lease.took_over.get("flow_run_id"):
             _mark_crashed(lease.took_over["flow_run_id"], f"taken over by run {config.run_id}: its process is dead")
@@ -84,8 +88,23 @@ def colorize(run: Run) -> dict[str, int]:
         # 4. summary
         summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
         lease.end({"status": "finished", **summary} if plan.num_images else None)
+    # 5. the report, once the output is free again
+    if config.options.report and plan.num_images:
+        _report(target, logger)
     logger.info("run %s: %s", config.run_id, summary)
     return summary
+
+
+def _report(output: Store, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+    """Write the report. If that fails the run has succeeded all the same, and the log says how to write it."""
+    try:
+        done = write_report(output)
+    except Exception as error:
+        logger.error("no report (%s: %s): write it with `diffcolor report %s`", type(error).__name__, error, output.url)
+        return
+    logger.info(
+        "report: %s (%d files pictured, %d cannot be shown)", done.address, done.made.num_pictures, done.made.num_unseen
+    )
 
 
 @flow(name="colorize-range", validate_parameters=False)

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -49,3 +49,27 @@ def stoppable() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_after(hours: float | None) -> Iterator[None]:
+    """Stop the run in this process after so many hours, as SIGTERM does, unless the context has ended before.
+
+    Enter it in the main thread. A process that does not handle SIGTERM itself handles it within the context.
+    """
+    if hours is None:
+        yield
+        return
+
+    def stop() -> None:
+        print(f"diffcolor: {hours:g} hours have passed (--max-hours)", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(hours * 3600, stop)
+    timer.daemon = True
+    with ExitStack() as stack:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            stack.enter_context(stoppable())
+        timer.start()
+        stack.callback(timer.cancel)
+        yield

@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, time
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from tasks.errors import CatalogError
-from tasks.storage import Store, printable
+from tasks.storage import Store, locate, printable
 
 DEFAULT_CATALOG = "catalog.csv"
 COLUMNS = ("image", "context_prompt", "target_prompt")
@@ -71,9 +70,7 @@ def read_catalog(
         return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG), required)
     if not catalog.endswith((".csv", ".jsonl", ".parquet")):
         raise CatalogError(f"catalog {catalog!r}: a catalog is .csv, .jsonl or .parquet")
-    where = catalog if "://" in catalog else os.path.realpath(catalog)  # a link stands for its file
-    folder, _, name = where.rpartition("/")
-    store = Store(folder or "/")
+    store, name = locate(catalog)
     if not store.has(name):
         raise CatalogError(f"there is no catalog at {catalog!r}")
     return _rows(store, name, catalog, required)

@@ -33,6 +33,18 @@ class NoManifestError(ManifestError):
     """An output without a manifest: nothing has been committed yet."""
 
 
+class ChoicesError(ValueError):
+    """A file of choices that cannot be applied."""
+
+
+class ExportError(ValueError):
+    """An export that cannot be made as it was asked for, or would overwrite something."""
+
+
+class EstimateError(ValueError):
+    """A run whose cost cannot be told beforehand in the way that was asked for."""
+
+
 class CatalogError(ValueError):
     """A catalog that cannot be read as a table of prompts."""
 

@@ -7,8 +7,13 @@
     manifest/<run>-repair.parquet                         the rows that `verify --repair` has queued again
     manifest/compacted-<number>-<token>/*.parquet         the parts of a compaction
     manifest/compacted-<number>.json                      the pointer to them; the highest number counts
+    approvals/<number>.parquet                            what people have chosen: the rows of one file of choices
     results.parquet                                       the latest row of each image and variant, for readers
     runs/<run>.json, .beat, .end                          a run's record and lease, its sign of life, its end
+    report/index.html, *.css, *.js, report.json           the report: its page, and the record of what it names
+    report/data/<digest>.js                               rows for the page, under the hash of their text
+    report/thumbs/<xx>/<sha256>.webp                      a small picture of the file with this hash
+    report/views/<xx>/<sha256>.jpg                        a large one, where a browser cannot show or reach the file
     damaged/<key>                                         what `verify --repair` has set aside
     probe-<token>                                         a few seconds: does this store have conditional PUTs?
     .tmp/<machine>~<process>~<token>                      on a local disk: files that are still being written
@@ -23,9 +28,14 @@ import unicodedata
 IMAGES = "images"
 FITS = "fits"
 MANIFEST = "manifest"
+APPROVALS = "approvals"
+EXPORT_TABLE = "diffcolor-export.csv"
+"""In a folder that `diffcolor export` writes: what each of its pictures is."""
 RUNS = "runs"
 DAMAGED = "damaged"
 RESULTS = "results.parquet"
+REPORT = "report"
+REPORT_PAGE = f"{REPORT}/index.html"
 TEMPORARY = ".tmp"
 PROBE = "probe-"
 
@@ -39,6 +49,7 @@ EXPIRED = "expired"
 POINTER = re.compile(rf"{MANIFEST}/compacted-(\d{{6}})\.json")
 COMPACTED_PART = re.compile(rf"{MANIFEST}/compacted-(\d{{6}})-[^/]+/[^/]+\.parquet")
 LOOSE_PART = re.compile(rf"{MANIFEST}/[^/]+\.parquet")
+APPROVAL = re.compile(rf"{APPROVALS}/(\d{{6}})\.parquet")
 RUN_RECORD = re.compile(rf"{RUNS}/(\d{{6}})\.json")
 RUN_FILE = re.compile(rf"{RUNS}/\d{{6}}\.(json|beat|end)")
 
@@ -100,6 +111,11 @@ def pointer(number: int) -> str:
     return f"{MANIFEST}/compacted-{number:06d}.json"
 
 
+def approval(number: int) -> str:
+    """The key of the choices that were applied as the output's `number`th file of them."""
+    return f"{APPROVALS}/{number:06d}.parquet"
+
+
 # ------------------------------------------------------------------ runs
 
 
@@ -127,6 +143,24 @@ def is_record(key: str) -> bool:
     """Whether the key is one that no manifest row names, but that belongs to an output."""
     return (
         key == RESULTS
-        or key.startswith(f"{DAMAGED}/")
-        or any(pattern.fullmatch(key) for pattern in (RUN_FILE, LOOSE_PART, POINTER))
+        or key.startswith((f"{DAMAGED}/", f"{REPORT}/"))
+        or any(pattern.fullmatch(key) for pattern in (RUN_FILE, LOOSE_PART, POINTER, APPROVAL))
     )
+
+
+# ------------------------------------------------------------------ the report
+
+
+def report_data(digest: str) -> str:
+    """The name, below the report's folder, of some of its rows."""
+    return f"data/{digest}.js"
+
+
+def report_thumbnail(sha256: str) -> str:
+    """The name, below the report's folder, of the small picture of a file with this hash."""
+    return f"thumbs/{sha256[:2]}/{sha256[:32]}.webp"
+
+
+def report_view(sha256: str) -> str:
+    """The name, below the report's folder, of the large picture of a file with this hash."""
+    return f"views/{sha256[:2]}/{sha256[:32]}.jpg"

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -116,13 +116,16 @@ def is_run_open(output: Store) -> bool:
     return last > 0 and not output.has(run_end(last))
 
 
+def run_records(output: Store) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number and the record of each run that was opened on an output, the last one first."""
+    for generation in range(last_generation(output), 0, -1):
+        with suppress(FileNotFoundError):  # a run that found nothing to do
+            yield generation, json.loads(output.read(run_record(generation)))
+
+
 def last_record(output: Store) -> dict[str, Any] | None:
     """What the last run over an archive was asked to do; None if there was none."""
-    for generation in range(last_generation(output), 0, -1):
-        record = json.loads(output.read(run_record(generation)))
-        if "archive" in record:
-            return dict(record)
-    return None
+    return next((record for _, record in run_records(output) if "archive" in record), None)
 
 
 def _identity() -> dict[str, Any]:

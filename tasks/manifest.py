@@ -1,7 +1,7 @@
 """The manifest: typed rows in immutable Parquet parts, the views over them, and the published results.
 
-Writers commit parts. Readers use the views through `query`, or the file `results.parquet`, a copy of the view
-`results` that is written anew when a run or a compaction ends.
+Writers commit parts, and `tasks.approvals` what people have chosen. Readers use the views through `query`, or the
+file `results.parquet`, a copy of the view `results` that is written anew when a run, a compaction or an approval ends.
 """
 
 import hashlib
@@ -21,7 +21,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.errors import ManifestError, NoManifestError
-from tasks.layout import COMPACTED_PART, LOOSE_PART, MANIFEST, POINTER, RESULTS, compaction, part, pointer
+from tasks.layout import (
+    APPROVAL,
+    APPROVALS,
+    COMPACTED_PART,
+    LOOSE_PART,
+    MANIFEST,
+    POINTER,
+    RESULTS,
+    compaction,
+    part,
+    pointer,
+)
 from tasks.lease import is_run_open
 from tasks.storage import Store
 
@@ -132,18 +143,36 @@ _COLUMNS = (
     _Column("context_is_generic", pa.bool_(), "Nobody said what is in the picture: c is the generic prompt.", since=5),
 )
 
-SCHEMA = pa.schema(
-    [
+_CHOICE_COLUMNS = (
+    _Column("choice", pa.string(), "What a person has decided: approved or rejected; null if nothing.", since=5),
+    _Column("choice_note", pa.string(), "That person's note; may be empty.", since=5),
+    _Column("choice_by", pa.string(), "Who that was, in their own words.", since=5),
+    _Column("choice_at", _TIME, "When that person saved the choice.", since=5),
+)
+"""Columns that `results` and `approvals` have, and parts have not."""
+
+
+def _schema(columns: Sequence[_Column]) -> pa.Schema:
+    fields = [
         pa.field(
             c.name,
             c.type,
             c.nullable,
             {"description": c.description, "since": str(c.since)} | ({"unit": c.unit} if c.unit else {}),
         )
-        for c in _COLUMNS
-    ],
-    metadata={"diffcolor.schema_version": str(SCHEMA_VERSION)},
-)
+        for c in columns
+    ]
+    return pa.schema(fields, metadata={"diffcolor.schema_version": str(SCHEMA_VERSION)})
+
+
+SCHEMA = _schema(_COLUMNS)
+"""Of the parts, and of the view `attempts`."""
+RESULTS_SCHEMA = _schema((*_COLUMNS, *_CHOICE_COLUMNS))
+"""Of the view `results` and of `results.parquet`."""
+_CHOSEN = ("image_key", "variant", "output_sha256")
+"""What a choice is about: a picture with these very bytes."""
+APPROVALS_SCHEMA = _schema([*(c._replace(nullable=False) for c in _COLUMNS if c.name in _CHOSEN), *_CHOICE_COLUMNS])
+"""Of the files in `approvals/`, and of the view `approvals`."""
 
 _OUTDATED = """qualify row_number() over (
     partition by image_key, variant
@@ -160,7 +189,12 @@ def encode_part(rows: Sequence[Mapping[str, Any]]) -> bytes:
         missing = [c.name for c in _COLUMNS if not c.nullable and row.get(c.name) is None]
         if unknown or missing:
             raise ValueError(f"manifest row with unknown columns {sorted(unknown)} or without {missing}")
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    return encode_rows(rows, SCHEMA)
+
+
+def encode_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """Rows as one Parquet file with checksums."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
@@ -191,17 +225,24 @@ class Parts:
     """The number of the last compaction."""
     damaged_pointers: tuple[str, ...] = ()
     """Pointers that cannot be read. The one before counts then: what it names has not been deleted yet."""
+    approvals: tuple[str, ...] = ()
+    """What people have chosen, in the order in which it was committed."""
 
     @property
     def all(self) -> tuple[str, ...]:
         """Every part that counts."""
         return (*self.loose, *self.latest, *self.earlier)
 
+    @property
+    def digest(self) -> str:
+        """Names the state that the view `results` shows."""
+        return hashlib.sha256("\n".join((str(SCHEMA_VERSION), *self.all, *self.approvals)).encode()).hexdigest()
+
     def without(self, keys: Container[str]) -> "Parts":
         """The same parts without those of `keys`."""
-        kinds = (self.loose, self.latest, self.earlier)
-        loose, latest, earlier = (tuple(key for key in kind if key not in keys) for kind in kinds)
-        return replace(self, loose=loose, latest=latest, earlier=earlier)
+        kinds = (self.loose, self.latest, self.earlier, self.approvals)
+        loose, latest, earlier, approvals = (tuple(key for key in kind if key not in keys) for kind in kinds)
+        return replace(self, loose=loose, latest=latest, earlier=earlier, approvals=approvals)
 
 
 def list_parts(output: Store) -> Parts:
@@ -230,13 +271,20 @@ def list_parts(output: Store) -> Parts:
         abandoned=tuple(key for key in keys if COMPACTED_PART.fullmatch(key) and key not in counted | taken_in),
         generation=max(generations, default=0),
         damaged_pointers=tuple(damaged_pointers),
+        approvals=list_approvals(output),
     )
 
 
-def connect(output: Store, parts: Parts | None = None, *, spill: str | None = None) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the views `results` and `attempts` over the output's manifest, as it is now.
+def list_approvals(output: Store) -> tuple[str, ...]:
+    """The keys of what people have chosen, in the order in which it was committed."""
+    return tuple(sorted(key for key, _ in output.walk(APPROVALS) if APPROVAL.fullmatch(key)))
 
-    `attempts` has every row, `results` the latest of each image and variant. spill: a folder for what does not
+
+def connect(output: Store, parts: Parts | None = None, *, spill: str | None = None) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with the views `results`, `attempts` and `approvals` over the output, as it is now.
+
+    `attempts` has every row, `results` the latest of each image and variant with the last choice about its very
+    bytes, `approvals` every choice. `latest` is `results` without choices. spill: a folder for what does not
     fit into `MEMORY_LIMIT`; without one, memory is not limited. Raises NoManifestError if there is no part yet,
     ManifestError if one cannot be read.
     """
@@ -244,6 +292,7 @@ def connect(output: Store, parts: Parts | None = None, *, spill: str | None = No
     if not parts.all:
         raise NoManifestError(f"no manifest in {output.url!r}: nothing has been committed there yet")
     connection = duckdb.connect()
+    connection.execute("set enable_progress_bar = false")  # it would print among the answers
     if spill is not None:
         connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
         connection.execute("set temp_directory = ?", [spill])
@@ -286,9 +335,10 @@ def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: P
         compared += f" union all {compared.replace('loose', 'latest')} semi join loose_rows using (image_key, variant)"
     connection.execute(f"create view newly_outdated as select _file, _row from ({compared}) {_OUTDATED}")
     connection.execute(
-        """create view results as select * exclude (_file, _row)
+        """create view latest as select * exclude (_file, _row)
         from counting_rows anti join newly_outdated using (_file, _row)"""
     )
+    _create_approvals(connection, output, parts.approvals)
     connection.execute(
         """create view outdated as select * exclude (_file, _row) from every_rows
         semi join (from newly_outdated union all select _file, _row from earlier_rows) using (_file, _row)"""
@@ -296,17 +346,39 @@ def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: P
     connection.execute("create view attempts as select * exclude (_file, _row) from every_rows")
     connection.register("_columns", column_table())
     connection.execute("create table columns as from _columns")
-    # From here on a query can read the manifest and no other file.
-    quoted = output.uri(MANIFEST).replace("'", "''")
-    connection.execute(f"set allowed_directories = ['{quoted}']")
+    # From here on a query can read the manifest and the choices, no other file, and can change no setting.
+    quoted = [output.uri(folder).replace("'", "''") for folder in (MANIFEST, APPROVALS)]
+    readable = "', '".join(quoted)
+    connection.execute(f"set allowed_directories = ['{readable}']")
     connection.execute("set enable_external_access = false")
+    connection.execute("set python_enable_replacements = false")
+    connection.execute("set lock_configuration = true")
 
 
-_DESCRIBE = re.compile(r"\s*(?:describe|desc|show)\s+(results|attempts)\s*;?\s*", re.IGNORECASE)
+def _create_approvals(connection: duckdb.DuckDBPyConnection, output: Store, keys: Sequence[str]) -> None:
+    """The views `approvals` and `results`. Of several choices about the same bytes, the one saved last counts."""
+    connection.register("_approvals_schema", APPROVALS_SCHEMA.empty_table())
+    connection.execute(
+        "create table no_approvals as select *, 0::bigint as _file, 0::bigint as _row from _approvals_schema"
+    )
+    connection.execute("set variable approvals = ?", [[output.uri(key) for key in keys]])
+    place = "file_index::bigint as _file, file_row_number as _row"
+    rows = f"union all by name select *, {place} from read_parquet(getvariable('approvals'))" if keys else ""
+    connection.execute(f"create view approval_rows as from no_approvals {rows}")
+    connection.execute("create view approvals as select * exclude (_file, _row) from approval_rows")
+    chosen = ", ".join(_CHOSEN)
+    connection.execute(
+        f"""create view last_choices as select * exclude (_file, _row) from approval_rows
+        qualify row_number() over (partition by {chosen} order by choice_at desc, _file desc, _row desc) = 1"""
+    )
+    connection.execute(f"create view results as from latest left join last_choices using ({chosen})")
+
+
+_DESCRIBE = re.compile(r"\s*(?:describe|desc|show)\s+(results|attempts|approvals)\s*;?\s*", re.IGNORECASE)
 
 
 def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
-    """The answer to one SELECT over the views `results` and `attempts`, or to `describe results`.
+    """The answer to one SELECT over the views `results`, `attempts` and `approvals`, or to `describe results`.
 
     The description has a row per column: its type, unit, meaning, and the schema version that it came with; it
     is also the table `columns`. Raises ManifestError for anything but a single query, and for one that DuckDB
@@ -326,9 +398,12 @@ def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
 
 
 def column_table() -> pa.Table:
-    """The columns of the manifest: name, unit, description, and the schema version that each came with."""
+    """The columns of the views: name, unit, description, and the schema version that each came with."""
     names = ("position", "column_name", "unit", "description", "since")
-    rows = [(number, c.name, c.unit or None, c.description, c.since) for number, c in enumerate(_COLUMNS, 1)]
+    rows = [
+        (number, c.name, c.unit or None, c.description, c.since)
+        for number, c in enumerate((*_COLUMNS, *_CHOICE_COLUMNS), 1)
+    ]
     return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
 
@@ -339,11 +414,11 @@ def publish_results(output: Store) -> None:
     """Write the view `results` to `results.parquet`, unless that file has the rows of these very parts already.
 
     Sorted by image_key and variant, with the schema's field metadata, and of the file: schema version, number
-    of rows, generation (of the last run whose rows it has), written_at (UTC), and a digest of the parts' names.
+    of rows, generation (of the last run whose rows it has), written_at (UTC), and `Parts.digest`.
     It appears by one PUT; rows are streamed, and what does not fit into `MEMORY_LIMIT` is sorted on disk.
 
-    Runs, repairs and compactions call this after they have ended. Two at once may overtake each other, so each
-    lists the parts again after its PUT. If there are new ones it writes again, unless a run is open: that run
+    Runs, repairs, compactions and approvals call this after they have ended. Two at once may overtake each other, so
+    each lists the parts again after its PUT. If there are new ones it writes again, unless a run is open: that run
     will call this at its own end.
     """
     while True:
@@ -351,16 +426,15 @@ def publish_results(output: Store) -> None:
         if not parts.all:
             output.delete(RESULTS)
             return
-        digest = hashlib.sha256("\n".join((str(SCHEMA_VERSION), *parts.all)).encode()).hexdigest()
-        if _published_digest(output) == digest:
+        if _published_digest(output) == parts.digest:
             return
         try:
-            _write_results(output, parts, digest)
+            _write_results(output, parts, parts.digest)
         except (duckdb.Error, OSError):
-            if list_parts(output).all == parts.all:
+            if list_parts(output).digest == parts.digest:
                 raise
             continue  # two compactions have ended meanwhile, and the second has deleted what was being read
-        if list_parts(output).all == parts.all or is_run_open(output):
+        if list_parts(output).digest == parts.digest or is_run_open(output):
             return
 
 
@@ -369,9 +443,9 @@ def _write_results(output: Store, parts: Parts, digest: str) -> None:
         connection = connect(output, parts, spill=spill)
         batches = connection.execute("from results order by image_key, variant").to_arrow_reader(ROWS_PER_GROUP)
         num_rows = generation = 0
-        with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        with pq.ParquetWriter(file, RESULTS_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             for batch in batches:
-                writer.write_table(_typed(batch))
+                writer.write_table(_typed(batch, RESULTS_SCHEMA))
                 num_rows += batch.num_rows
                 generation = max(generation, pc.max(batch["generation"]).as_py() or 0)
             facts = {"rows": num_rows, "generation": generation, "written_at": datetime.now(UTC).isoformat()}
@@ -380,9 +454,9 @@ def _write_results(output: Store, parts: Parts, digest: str) -> None:
         connection.close()
 
 
-def _typed(batch: pa.RecordBatch) -> pa.Table:
-    """DuckDB's rows as `SCHEMA` has them."""
-    return pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA)
+def _typed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
+    """DuckDB's rows as `schema` has them."""
+    return pa.Table.from_batches([batch]).select(schema.names).cast(schema)
 
 
 def _published_digest(output: Store) -> str | None:
@@ -423,12 +497,12 @@ def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
     with tempfile.TemporaryDirectory(prefix="diffcolor-compact-") as spill:
         connection = connect(output, parts, spill=spill)
         try:
-            for name, sql in (("latest", "from results"), ("earlier", "from outdated")):
+            for name, sql in (("latest", "from latest"), ("earlier", "from outdated")):
                 reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)
                 for number, batch in enumerate(reader):
                     sink = io.BytesIO()
                     options = {"compression": "zstd", "write_page_checksum": True, "row_group_size": ROWS_PER_GROUP}
-                    pq.write_table(_typed(batch), sink, **options)
+                    pq.write_table(_typed(batch, SCHEMA), sink, **options)
                     written[name].append(f"{folder}/{name}-{number:05d}.parquet")
                     output.write(written[name][-1], sink.getvalue())
                     rows += batch.num_rows

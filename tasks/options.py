@@ -92,14 +92,24 @@ class ResumeOptions(_Options):
     """What to try again besides what is not done: images that `failed`, or also those that were `quarantined`."""
     commit_every: AtLeastOne = 8
     """Images per manifest part. A run that is killed repeats at most this many images of each shard."""
+    max_hours: Annotated[float, Field(ge=0.001)] | None = None
+    """Stop the run in order after so many hours, as SIGTERM does: finished images are committed, and the same command
+    goes on later."""
     image_timeout_seconds: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after which an image's actor is killed, in case a decoder or a driver hangs."""
     max_attempts: AtLeastOne = 3
     """How many times an image may kill its actor before it is quarantined."""
 
 
+class AfterwardsOptions(_Options):
+    """Afterwards"""
+
+    report: bool = True
+    """Write the page `OUTPUT/report/index.html` when the run has ended, as `diffcolor report OUTPUT` does."""
+
+
 # Pydantic puts the fields of the last base first. A flow takes those one by one, and the others as one record.
-class MoreOptions(ResumeOptions, MachineOptions, PictureOptions):
+class MoreOptions(AfterwardsOptions, ResumeOptions, MachineOptions, PictureOptions):
     """Everything that `colorize-archive` takes in its one parameter `options`."""
 
 
@@ -117,7 +127,7 @@ class RecolorWhatOptions(_Options):
     a context prompt here keeps its last one."""
 
 
-class MoreRecolorOptions(ResumeOptions, MachineOptions):
+class MoreRecolorOptions(AfterwardsOptions, ResumeOptions, MachineOptions):
     """Everything that `recolor-archive` takes in its one parameter `options`."""
 
 

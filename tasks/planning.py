@@ -28,14 +28,11 @@ def output_below(archive: Store, output: Store) -> str | None:
 
     Raises ValueError if the archive lies in the output, or is the same folder.
     """
-    if type(archive.fs) is not type(output.fs):
-        return None
-    inner, outer = (f"{os.path.realpath(s.root) if s.is_local else s.root}/" for s in (output, archive))
-    if outer.startswith(inner):
+    if archive.below(output) is not None:
         raise ValueError(
             f"the archive {archive.url!r} lies in the output {output.url!r}: name an output beside or below the archive"
         )
-    return inner[len(outer) :] if inner.startswith(outer) else None
+    return output.below(archive)
 
 
 def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
@@ -94,11 +91,12 @@ class Plan:
 
     def shards(self, size: int, num_actors: int = 1) -> Iterator[Shard]:
         """The planned images in order, in shards of the sizes that `shard_sizes` gives."""
-        images = self._images()
+        images = self.images()
         for number, num_images in enumerate(shard_sizes(self.num_images, size, num_actors)):
             yield Shard(number, tuple(islice(images, num_images)))
 
-    def _images(self) -> Iterator[PlannedImage]:
+    def images(self) -> Iterator[PlannedImage]:
+        """The planned images in order."""
         for _, group in groupby(self._todo(), key=itemgetter(0)):
             rows = list(group)
             _, _, image, context, _, version, number, *_ = rows[0]
@@ -217,7 +215,7 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
         return
     columns = f"""image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
         coalesce(generation, 0), coalesce(error_class = '{MISSING_OUTPUT}', false), catalog_columns"""
-    _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from results"))
+    _stream(database, "insert into known from batches", manifest.execute(f"select {columns} from latest"))
     rows = manifest.execute(
         "select image_key, config_sha256, coalesce(input_version, '') from attempts where status = 'ok'"
     )

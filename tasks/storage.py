@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import lzma
+import mimetypes
 import os
 import posixpath
 import socket
@@ -29,6 +30,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from tasks.errors import InvalidKeyError, NoConditionalPutError, OversizeError, UnsafeFileError
 from tasks.layout import PROBE, TEMPORARY
 
+mimetypes.add_type("image/webp", ".webp")  # which Python 3.11 and 3.12 do not know
 T = TypeVar("T")
 NUM_TRIES = 6
 SINGLE_PUT_BYTES = 64 * 2**20
@@ -82,6 +84,23 @@ def joined(address: str, key: str) -> str:
     if not chained or "://" not in head:
         return f"{address.rstrip('/')}/{key}"
     return f"{head if head.endswith('://') else head.rstrip('/') + '/'}{key}::{rest}"
+
+
+def folder_of(address: str, key: str) -> str:
+    """The folder below which `key` lies at `address`: the inverse of `joined`. Raises ValueError if it does not."""
+    head, chained, rest = address.partition("::")
+    if chained and "://" in head and head.endswith(key):
+        return f"{head.removesuffix(key)}::{rest}"
+    if chained or not address.endswith(f"/{key}"):
+        raise ValueError(f"{address!r} is no address of {key!r}")
+    return address.removesuffix(key).rstrip("/") or "/"
+
+
+def locate(address: str) -> tuple["Store", str]:
+    """The folder of one file, by its path or URL, and the file's key there. A local link stands for its file."""
+    where = address if "://" in address else os.path.realpath(address)
+    folder, _, name = where.rpartition("/")
+    return Store(folder or "/"), name
 
 
 def this_machine() -> str:
@@ -142,6 +161,13 @@ class Store:
             chain[-1] = os.path.abspath(chain[-1])
         return "::".join((f"{self.url.partition('://')[0]}://{self.root}", *chain))
 
+    def below(self, outer: "Store") -> str | None:
+        """This folder's path below `outer`, as in "out/", "" if it is the same; None if it lies elsewhere."""
+        if type(self.fs) is not type(outer.fs):
+            return None
+        mine, its = (f"{os.path.realpath(s.root) if s.is_local else s.root}/" for s in (self, outer))
+        return mine[len(its) :] if mine.startswith(its) else None
+
     def uri(self, key: str) -> str:
         """The full address of a key: a path for a local folder, else a URL."""
         path = self._join(check_key(key))
@@ -168,11 +194,16 @@ class Store:
         path = self._path(key)
         return self.patiently(lambda: int(self.fs.info(path)["size"]))
 
-    def open(self, key: str) -> IO[bytes]:
-        """The file at `key` for reading as a stream. Raises FileNotFoundError."""
+    def open(self, key: str, *, block_bytes: int | None = None) -> IO[bytes]:
+        """The file at `key` for reading as a stream. Raises FileNotFoundError.
+
+        block_bytes: what is fetched at a time from an object store; by default the filesystem's own, several megabytes.
+        """
         path = self._readable(key)
         self.fs.invalidate_cache()  # of sizes and ETags: the file may have been replaced
-        return self.patiently(lambda: self._unpacked(key, lambda: cast(IO[bytes], self.fs.open(path, "rb"))))
+        return self.patiently(
+            lambda: self._unpacked(key, lambda: cast(IO[bytes], self.fs.open(path, "rb", block_size=block_bytes)))
+        )
 
     def _unpacked(self, key: str, call: Callable[[], T]) -> T:
         """`call()`. A file of a zip or tar that cannot be read raises UnsafeFileError: trying again does not help."""
@@ -196,6 +227,20 @@ class Store:
             file.write(data)
             _flush(file)
             os.replace(file.name, path)
+
+    def write_for_browsers(self, key: str, data: bytes) -> None:
+        """`write`, but an object store also learns the file's type from its suffix: without it a browser shows nothing.
+
+        fsspec's filesystems guess a type only where they upload a file from this machine.
+        """
+        path = self._path(key)
+        if self.is_local:
+            self.write(key, data)
+            return
+        with tempfile.NamedTemporaryFile(prefix="diffcolor-", suffix=posixpath.splitext(key)[1]) as file:
+            file.write(data)
+            file.flush()
+            self.patiently(lambda: self.fs.put_file(file.name, path))
 
     @contextmanager
     def replacing(self, key: str) -> Iterator[IO[bytes]]:

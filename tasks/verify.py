@@ -12,9 +12,10 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from tasks.errors import UnsafeFileError
-from tasks.layout import EXPIRED, FILES, FIT_FILES, RESULTS, damaged, is_record, key_of, repair_name
+from tasks.layout import APPROVAL, EXPIRED, FILES, FIT_FILES, RESULTS, damaged, is_record, key_of, repair_name
 from tasks.lease import hold_output
 from tasks.manifest import (
+    APPROVALS_SCHEMA,
     MISSING_OUTPUT,
     SCHEMA,
     Parts,
@@ -31,8 +32,8 @@ from tasks.storage import Store
 class Finding:
     """Something that is not as the manifest says.
 
-    kind: damaged part, damaged results, missing, changed, missing fit, damaged fit, extra or double row. row:
-    the manifest row whose work is done again to mend it.
+    kind: damaged part, damaged choices, damaged results, missing, changed, missing fit, damaged fit, extra or double
+    row. row: the manifest row whose work is done again to mend it.
     """
 
     kind: str
@@ -49,7 +50,7 @@ def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
     """
     parts, damage = _check_parts(output)
     for key, reason in damage.items():
-        yield Finding("damaged part", key, reason)
+        yield Finding("damaged choices" if APPROVAL.fullmatch(key) else "damaged part", key, reason)
     parts = parts.without(damage)
     connection = None if damage and not parts.all else connect(output, parts)
     there = {key for key, _ in output.walk()}
@@ -71,9 +72,9 @@ def _check_parts(output: Store) -> tuple[Parts, dict[str, str]]:
     """The parts as they are now, and what is wrong with each that cannot be read. A store in trouble raises."""
     parts = list_parts(output)
     damage = dict.fromkeys(parts.damaged_pointers, "it does not name the parts of its compaction")
-    for key in parts.all:
+    for key in (*parts.all, *parts.approvals):
         try:
-            reason = _damage(output.read(key))
+            reason = _damage(output.read(key), APPROVALS_SCHEMA if key in parts.approvals else SCHEMA)
         except FileNotFoundError:
             if key not in list_parts(output).all:  # a compaction has replaced it meanwhile
                 return _check_parts(output)
@@ -83,11 +84,11 @@ def _check_parts(output: Store) -> tuple[Parts, dict[str, str]]:
     return parts, damage
 
 
-def _damage(data: bytes) -> str | None:
-    """Why these bytes are not a table of manifest rows; None if they are one."""
+def _damage(data: bytes, schema: pa.Schema = SCHEMA) -> str | None:
+    """Why these bytes are not a table of manifest rows, or of another schema's; None if they are one."""
     try:
         part = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        for field in SCHEMA:
+        for field in schema:
             index = part.schema_arrow.get_field_index(field.name)
             if not field.nullable if index < 0 else part.schema_arrow.field(index).type != field.type:
                 return f"it is not part of a manifest: column {field.name!r} is missing or has another type"
@@ -126,7 +127,7 @@ def _wrong_files(
 ) -> Iterator[Finding]:
     """The first file of each row that is missing or, if its hash is given, changed."""
     cursor = connection.execute(
-        "select * from results where status = 'ok' and output_uri is not null order by image_key, variant"
+        "select * from latest where status = 'ok' and output_uri is not null order by image_key, variant"
     )
     names = [column[0] for column in cursor.description]
     whole: dict[str, bool] = {}
@@ -188,7 +189,7 @@ def repair(output: Store, findings: list[Finding]) -> int:
         for finding in findings:
             if finding.kind == "damaged part":
                 forget_part(output, finding.key)
-            if finding.kind in ("damaged part", "damaged results", "changed"):
+            if finding.kind in ("damaged part", "damaged choices", "damaged results", "changed"):
                 _set_aside(output, finding.key)
             elif finding.kind in ("missing fit", "damaged fit"):
                 _expire(output, finding.key.rpartition("/")[0])

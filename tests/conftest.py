@@ -8,8 +8,10 @@ from pathlib import Path
 import fsspec
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser
 
 from support import s3_server
+from support.browser import NoBrowserError, browser, chromium
 from support.checkpoints import save_tiny_checkpoint
 from support.pictures import gray_picture
 from tasks.storage import Store
@@ -54,6 +56,17 @@ def store(request, tmp_path) -> Store:
     if request.param == "s3":
         return Store(request.getfixturevalue("s3_url"))
     return Store(str(tmp_path / "it's out") if request.param == "local" else f"memory://{tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    """A headless Chromium. Only for a module, as no other event loop can run beside its own."""
+    try:
+        path = chromium(install="DIFFCOLOR_TEST_BROWSER" in os.environ)
+    except NoBrowserError as error:
+        pytest.skip(str(error))
+    with browser(path) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

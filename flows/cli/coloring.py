@@ -1,5 +1,6 @@
 """Commands that make colours: for one picture, for an archive, and new ones for an archive."""
 
+import json
 import os
 from contextlib import ExitStack
 from importlib import import_module
@@ -7,7 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from diffcolor_core.prompts import GENERIC_PROMPT
 from flows.cli.common import (
@@ -18,14 +26,19 @@ from flows.cli.common import (
     SeedOption,
     SetOption,
     app,
+    console,
     device_of,
+    errors_told,
     fail,
     notes,
     print_table,
 )
 from flows.cli.options import checked, flag, overrides_of, with_flags
+from tasks.layout import REPORT_PAGE
 from tasks.options import RecolorOptions, RunOptions, flow_arguments
 
+BEFORE = "Before a run"
+"""The panel of flags that only tell what a run would do."""
 SAMPLES = Path(__file__).parents[2] / "examples"
 DEMO_MODEL = (
     "the model `demo` has seen nothing but six kinds of solids on a table, so on other pictures its colours mean "
@@ -130,6 +143,21 @@ def run(
         typer.Argument(metavar="OUTPUT", help="Folder or URL for the results; the same as -o.", show_default=False),
     ] = None,
     output: Annotated[str | None, flag("output")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell what the run would do and cost; write nothing.", rich_help_panel=BEFORE),
+    ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="With --dry-run: colorize three images on trial, here.", rich_help_panel=BEFORE),
+    ] = False,
+    seconds_per_image: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --dry-run: seconds of an image on one actor.", rich_help_panel=BEFORE),
+    ] = None,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="With --dry-run: tells the cost too.", rich_help_panel=BEFORE)
+    ] = None,
     **flags: Any,
 ) -> None:
     """Colorize an archive: the Prefect flow `colorize-archive` in this process, on local Ray by default.
@@ -137,10 +165,13 @@ def run(
     Running the same command again does only what is not done. Ctrl-C commits what is finished and stops; a second
     one stops at once. Without PREFECT_API_URL, a Prefect server runs as long as the run does.
 
-    Exit codes: **0** all done; **1** failed; **2** wrong usage; **3** done with quarantined or failed images; **130**
-    stopped by Ctrl-C; **143** stopped by SIGTERM.
+    `--dry-run` reads the headers of what is to be done and takes seconds and bytes from what OUTPUT has measured: as a
+    table on a terminal, else as one JSON object.
 
-    Example: `diffcolor run examples/archive out/demo`
+    Exit codes: **0** all done; **1** failed; **2** wrong usage; **3** done with quarantined or failed images; **130**
+    stopped by Ctrl-C; **143** stopped by SIGTERM or `--max-hours`.
+
+    Example: `diffcolor run examples/archive out/demo --dry-run && diffcolor run examples/archive out/demo`
     """
     if destination and context.get_parameter_source("output").name == "COMMANDLINE":  # type: ignore[union-attr]
         raise fail(f"the output is given twice, as {destination!r} and as -o {output!r}: give one", 2)
@@ -148,6 +179,11 @@ def run(
     for name, value in what.items():
         if not value:
             raise fail(f"no {name}: write `diffcolor run ARCHIVE OUTPUT`, or set {name} in diffcolor.toml", 2)
+    if dry_run:
+        _tell_estimate(what | flags, probe, seconds_per_image, price_per_gpu_hour)
+        return
+    if probe or seconds_per_image is not None or price_per_gpu_hour is not None:
+        raise fail("--probe, --seconds-per-image and --price-per-gpu-hour go with --dry-run: add it", 2)
     _run_flow("colorize_archive", RunOptions, **what, **flags)
 
 
@@ -164,11 +200,37 @@ def recolor(output: OutputArgument, **flags: Any) -> None:
     _run_flow("recolor_archive", RecolorOptions, output=output, **flags)
 
 
+def _tell_estimate(
+    given: dict[str, Any], probe: bool, seconds_per_image: float | None, price_per_gpu_hour: float | None
+) -> None:
+    """Print what a run would do and cost."""
+    from tasks.runs import open_run
+
+    columns = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with errors_told(), open_run(checked(RunOptions, **given)) as run, Progress(*columns, console=notes) as bar:
+        from tasks.estimate import estimate
+
+        _warn_of_demo(run.config.options.model, run.config.options.archive)
+        line = bar.add_task("", total=None)
+        told = estimate(
+            run,
+            probe=probe,
+            seconds_per_image=seconds_per_image,
+            price_per_gpu_hour=price_per_gpu_hour,
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    if console.is_terminal:
+        print_table(["", ""], [(name.replace("_", " "), value) for name, value in vars(told).items()])
+    else:
+        typer.echo(json.dumps(vars(told)))
+
+
 def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) -> None:
     """Check what is asked for, run the flow in this process, print its summary, end with its exit code."""
     from flows.stopping import stoppable
     from tasks.errors import ManifestError
     from tasks.runs import open_run
+    from tasks.storage import Store
 
     with stoppable() as stop, ExitStack() as stack:
         try:
@@ -195,6 +257,8 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
         f"({summary['done_before']} of them done before)"
     )
     notes.print(f"images and manifest: {options.output}", markup=False, soft_wrap=True)
+    if options.report and (output := Store(options.output)).has(REPORT_PAGE):
+        notes.print(f"to look at: {output.uri(REPORT_PAGE)}", markup=False, soft_wrap=True)
     if summary["quarantined"] or summary["failed"]:
         raise typer.Exit(3)
 

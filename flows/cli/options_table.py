@@ -18,8 +18,9 @@ An option has the same name everywhere: as a key of `{FILE}` in the working fold
 variable before the file, and the file before the default.
 
 Deployments see flow parameters only. The options of the first group are parameters of their own, all others are fields
-of the parameter `options`. The command `recolor` and the flow `recolor-archive` take the groups *Machines* and
-*Resuming and faults*. The commands `colorize` and `study` take `model`, `preset`, `seed`, `overrides` and `device`.
+of the parameter `options`. The command `recolor` and the flow `recolor-archive` take the groups *Machines*,
+*Resuming and faults* and *Afterwards*. The commands `colorize` and `study` take `model`, `preset`, `seed`, `overrides`
+and `device`.
 
 ```toml
 # {FILE}

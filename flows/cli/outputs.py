@@ -10,8 +10,9 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flows.cli.common import OutputArgument, app, console, errors_told, print_table
+from flows.cli.common import OutputArgument, app, console, errors_told, notes, print_table
 
 _FORMAT_HELP = "How to print: `jsonl` has one JSON object per line. Default: `table` on a terminal, else `jsonl`."
 
@@ -19,13 +20,13 @@ _FORMAT_HELP = "How to print: `jsonl` has one JSON object per line. Default: `ta
 @app.command()
 def query(
     output: OutputArgument,
-    sql: Annotated[str, typer.Argument(help="One SELECT over the views `results` and `attempts`.")],
+    sql: Annotated[str, typer.Argument(help="One SELECT over the views `results`, `attempts` and `approvals`.")],
     format: Annotated[Literal["table", "jsonl", "json", "csv"] | None, typer.Option(help=_FORMAT_HELP)] = None,
 ) -> None:
     """Ask the manifest a question in SQL (DuckDB, read-only).
 
-    View `results` has the latest row of each image and variant, `attempts` every row ever written. `describe
-    results` lists the columns with their units and meaning.
+    View `results` has the latest row of each image and variant, `attempts` every row ever written, `approvals` every
+    choice of a person. `describe results` lists the columns with their units and meaning.
 
     Example: `diffcolor query out/demo "select image_key, target_prompt, colorfulness from results"`
     """
@@ -140,6 +141,76 @@ def expire_fits(
     with errors_told():
         done = expire(Store(output), older_than_days)
     console.print(f"{done.num_fits} fits deleted, {done.num_bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def approve(
+    output: OutputArgument,
+    choices: Annotated[str, typer.Argument(help="The JSON file that the report's page has saved: a path or URL.")],
+    format: Annotated[Literal["table", "jsonl"] | None, typer.Option(help=_FORMAT_HELP)] = None,
+) -> None:
+    """Keep what a person has chosen in the report: each picture approved or rejected, with a note.
+
+    All choices of the file are applied, or none: those about a picture that is not there, or that was changed since
+    the person looked at it, are printed with the reason, and the exit code is 2. All choices are kept in OUTPUT, and
+    the one saved last counts: columns `choice`, `choice_note`, `choice_by` and `choice_at` of the view `results` and
+    of results.parquet; view `approvals` has every one. Applying a file again changes nothing.
+
+    Example: `diffcolor approve out/demo choices.json && diffcolor query out/demo "from approvals"`
+    """
+    from tasks.approvals import RefusedChoicesError, apply_choices, read_choices
+    from tasks.storage import Store
+
+    with errors_told():
+        asked = read_choices(choices)
+        try:
+            applied = apply_choices(Store(output), asked)
+        except RefusedChoicesError as error:
+            _print_rows(["choice", "image", "variant", "refused_because"], error.refusals, format)
+            raise
+    notes.print(f"{applied} choices applied, {len(asked.choices) - applied} were there before")
+
+
+@app.command()
+def export(
+    output: OutputArgument,
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="Folder or URL to write to; with --bag a local folder.")
+    ],
+    approved: Annotated[bool, typer.Option("--approved", help="Only pictures that a person has approved.")] = False,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help="Only rows of the view `results` for which this SQL is true.")
+    ] = None,
+    format: Annotated[
+        Literal["png", "tiff", "jpeg", "webp"] | None,
+        typer.Option(help="Hand on files of this format, with the same metadata. By default, the files as they are."),
+    ] = None,
+    bag: Annotated[bool, typer.Option("--bag", help="Make DEST a BagIt bag with SHA-256 sums.")] = False,
+) -> None:
+    """Copy results to DEST, in the archive's folders and under its file names, to hand them on.
+
+    diffcolor-export.csv says what each file is, with the catalog's other columns. A picture's own name gets its
+    format's suffix, and the variant's name where an image has several. The same command goes on after a stop. No other
+    file is overwritten: pictures whose name is taken are told, exit code 2.
+
+    Example: `diffcolor export out/demo handover --where "colorfulness > 10" --bag`
+    """
+    from tasks.export import export as hand_on
+    from tasks.storage import Store
+
+    columns = (TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with errors_told(), Progress(*columns, console=notes) as bar:
+        line = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(line, completed=done, total=total)
+
+        stores = Store(output), Store(destination)
+        done = hand_on(*stores, approved=approved, where=where, image_format=format, bag=bag, progress=show)
+    if done.num_written + done.num_there:
+        console.print(f"{done.num_written} pictures exported, {done.num_there} were there before")
+    else:
+        console.print("no picture matches, so nothing was written")
 
 
 def _print_rows(

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageCms
 
 from diffcolor_core.color import lightness_of
+from diffcolor_core.decoding import read_size
 from diffcolor_core.errors import UnreadableImageError
 from diffcolor_core.images import assemble, read_scan
 
@@ -70,6 +71,7 @@ TONED16 = np.stack((RAMP16, RAMP16 // 2 + 9000, RAMP16 // 3), -1)
 def test_lightness_is_that_of_the_samples_at_full_depth(data, samples, maximum):
     scan = read_scan(data)
     assert scan.bit_depth == (16 if maximum == 65535 else 8)
+    assert read_size(io.BytesIO(data)) == (64, 48)
     torch.testing.assert_close(scan.lightness, l_star_of(samples, maximum), atol=2e-3, rtol=0)
 
 
@@ -322,6 +324,22 @@ def test_a_list_of_pages_beyond_the_limit_is_refused_at_once():
     with pytest.raises(UnreadableImageError, match="more than 1000 frames or pages"):
         read_scan(listing(200_000))
     assert time.process_time() - start < 5  # Pillow's own count takes minutes
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not a picture",
+        encoded(Image.fromarray(RAMP8))[:20],
+        encoded(Image.new("1", (1_000_001, 1))),
+        b"II*\0" + b"\xff" * 40,
+    ],
+    ids=["empty", "text", "cut", "too wide", "damaged tiff"],
+)
+def test_a_header_that_cannot_be_read_is_refused(data):
+    with pytest.raises(UnreadableImageError):
+        read_size(io.BytesIO(data))
 
 
 def test_a_side_that_no_png_holds_is_refused():

@@ -54,7 +54,8 @@ def test_help_teaches_by_an_example(run, command):
 def test_the_help_of_run_shows_about_ten_flags_first(run):
     text = run("run", "--help")
     panels = {part.split(" ─")[0]: part for part in text.split("╭─ ")[1:]}
-    assert list(panels) == ["Arguments", "Options", "Pictures", "Machines", "Resuming and faults"]
+    names = ["Arguments", "Options", "Before a run", "Pictures", "Machines", "Resuming and faults", "Afterwards"]
+    assert list(panels) == names
     first = re.findall(r"^│ +(--[a-z-]+)", panels["Options"], re.MULTILINE)
     assert first == [
         "--output",

@@ -28,7 +28,9 @@ PHOTO = config.PRESETS["photo"]  # before the tests replace it
 
 
 def files(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    """Every file of an output, except those of its report."""
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {name for name in found if not name.startswith("report/")}
 
 
 def ask(output: Path, sql: str) -> list[tuple]:

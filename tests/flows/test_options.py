@@ -12,7 +12,15 @@ from flows.cli.options import configured, flags_of
 from flows.cli.options_table import table
 from flows.colorize_archive import colorize_archive
 from flows.recolor_archive import recolor_archive
-from tasks.options import MachineOptions, RecolorOptions, ResumeOptions, RunOptions, flow_arguments, groups
+from tasks.options import (
+    AfterwardsOptions,
+    MachineOptions,
+    RecolorOptions,
+    ResumeOptions,
+    RunOptions,
+    flow_arguments,
+    groups,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +63,7 @@ def test_the_flow_takes_what_people_give_one_by_one_and_the_rest_as_a_record():
     recolor = recolor_archive.parameters
     assert list(recolor.properties) == ["output", "catalog", "options"]
     rest = recolor.definitions["MoreRecolorOptions"]["properties"]
-    assert list(rest) == [*MachineOptions.model_fields, *ResumeOptions.model_fields]
+    assert list(rest) == [*MachineOptions.model_fields, *ResumeOptions.model_fields, *AfterwardsOptions.model_fields]
 
 
 def test_a_flow_gets_the_options_that_its_arguments_were_made_of():

@@ -92,3 +92,20 @@ def test_describe_tells_units_and_meaning(output):
     lines = [json.loads(line) for line in ask("query", output, "describe results").splitlines()]
     (width,) = [line for line in lines if line["column"] == "width_px"]
     assert width == {"column": "width_px", "type": "INTEGER", "unit": "px", "description": "Upright width.", "since": 1}
+
+
+def test_choices_that_are_refused_are_told_one_by_one(output, tmp_path):
+    choice = {"image": "b.png", "variant": "v", "sha256": "0" * 64, "choice": "approved"}
+    record = {"schema": 1, "who": "Ada", "saved": "2026-11-25T12:00:00Z", "choices": [choice]}
+    (tmp_path / "choices.json").write_text(json.dumps(record))
+    (refused,) = map(json.loads, ask("approve", output, str(tmp_path / "choices.json"), code=2).splitlines())
+    assert (refused["choice"], refused["image"], refused["variant"]) == (1, "b.png", "v")
+    assert refused["refused_because"] == "it has no picture, its status is quarantined"
+    assert Store(output).list("approvals") == []
+
+
+def test_an_export_that_cannot_be_made_is_wrong_usage(output, tmp_path):
+    ask("export", output, str(tmp_path / "d"), "--where", "nonsense", code=2)
+    ask("export", output, "memory://bag", "--bag", code=2)
+    assert ask("export", output, str(tmp_path / "d"), "--approved").startswith("no picture matches")
+    assert not (tmp_path / "d").exists()

@@ -49,6 +49,7 @@ def test_a_picture_has_a_key_of_its_own_for_each_image_content_and_configuration
 def test_what_a_run_writes_beside_pictures_and_fits_is_recognised():
     records = [layout.run_record(7), layout.run_beat(7), layout.run_end(7), layout.RESULTS, layout.pointer(3)]
     records += [
+        layout.approval(7),
         layout.part(layout.part_name(7, 0, 8)),
         layout.part(layout.repair_name(8)),
         layout.damaged("images/a.png"),

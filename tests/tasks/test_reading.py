@@ -10,7 +10,7 @@ import pytest
 
 from tasks.layout import RESULTS
 from tasks.lease import hold_output
-from tasks.manifest import SCHEMA, commit_part, compact, publish_results, query
+from tasks.manifest import RESULTS_SCHEMA, commit_part, compact, publish_results, query
 from tasks.storage import Store
 from tests.tasks.test_manifest import row
 
@@ -88,7 +88,7 @@ def test_the_file_is_the_view_sorted_and_described(output):
     columns = "image_key, variant, attempt, generation"
     expected = query(output, f"select {columns} from results order by image_key, variant").fetchall()
     assert [tuple(r.values()) for r in table.select(columns.split(", ")).to_pylist()] == expected
-    for found, field in zip(table.schema, SCHEMA, strict=True):
+    for found, field in zip(table.schema, RESULTS_SCHEMA, strict=True):
         assert (found.name, found.type, found.metadata) == (field.name, field.type, field.metadata)
     facts = {
         key.decode(): value.decode() for key, value in file.metadata.metadata.items() if key.startswith(b"diffcolor.")
