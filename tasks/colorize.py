@@ -13,7 +13,7 @@ import torch
 
 from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read_scan
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
-from tasks.errors import InvalidKeyError, OversizeError, UnsafeFileError
+from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
 from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
@@ -46,7 +46,7 @@ class ImageWorker:
 
         Work that was done before on the same bytes under another name or date is adopted, not done
         again. Where memory runs out, a smaller working size is tried once, and recorded; at once if
-        `smaller_because` says why.
+        `smaller_because` says why. Raises AcceleratorFaultError if the process is of no more use.
         """
         started_at = datetime.now(UTC)
         try:
@@ -81,6 +81,10 @@ class ImageWorker:
             return adopted + self._colorize(planned, scan, smaller, shared)
         except ValueError as error:  # an unreadable image, a prompt that cannot be used
             return adopted + error_rows(self.config, planned, "quarantined", error, shared)
+        except RuntimeError as error:
+            if _is_accelerator_fault(error):
+                raise AcceleratorFaultError(str(error).strip().partition("\n")[0]) from error
+            raise
 
     def _adopt(self, planned: PlannedImage, shared: Row) -> tuple[list[Row], PlannedImage]:
         """Rows of the variants that an earlier row answers, and what is left of the plan."""
@@ -205,7 +209,15 @@ def smaller_pipe(pipe: DiffColor) -> DiffColor:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch has an exception of its own for the GPU, and a RuntimeError with these words for the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _is_accelerator_fault(error: RuntimeError) -> bool:
+    """An error of CUDA or of its libraries other than a lack of memory: the process's CUDA context is lost."""
+    words = ("CUDA error", "cuDNN error", "CUDA driver error")
+    known = isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words)
+    return known and not _is_out_of_memory(error)
 
 
 def device_name(device: torch.device) -> str:
