@@ -12,14 +12,12 @@ from torch import Tensor
 
 
 def trainable_copy(unet: UNet2DConditionModel, rank: int | None, generator: torch.Generator) -> UNet2DConditionModel:
-    """A copy of `unet` whose weights are trainable; with a `rank`, only those of new adapters are."""
-    fitted = copy.deepcopy(unet)
+    """A copy of `unet` with float32 weights to train; with a `rank`, those are new adapters' on the shared weights."""
     if rank is None:
-        return fitted.requires_grad_(True)
+        return copy.deepcopy(unet).float().requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        fitted.add_adapter(_config(rank))
-    return fitted
+        return _with_adapter(unet, rank)
 
 
 def fitted_state(fitted: UNet2DConditionModel, rank: int | None) -> dict[str, Tensor]:
@@ -29,16 +27,23 @@ def fitted_state(fitted: UNet2DConditionModel, rank: int | None) -> dict[str, Te
 
 
 def fitted_unet(unet: UNet2DConditionModel, rank: int | None, state: dict[str, Tensor]) -> UNet2DConditionModel:
-    """A frozen copy of `unet` with a fit's weights `state`, as `fitted_state` gives them."""
-    fitted = copy.deepcopy(unet)
+    """A frozen UNet with a fit's weights `state`, as `fitted_state` gives them. Adapters share those of `unet`."""
     if rank is None:
+        fitted = copy.deepcopy(unet).float()
         fitted.load_state_dict(state)
     else:
-        fitted.add_adapter(_config(rank))
+        fitted = _with_adapter(unet, rank)
         set_peft_model_state_dict(fitted, state)
         fitted.to(unet.device)
     return fitted.requires_grad_(False)
 
 
-def _config(rank: int) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+def _with_adapter(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
+    """A copy of the frozen `unet` that shares its weights, with a new float32 adapter."""
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    fitted = copy.deepcopy(unet, shared)
+    fitted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for parameter in fitted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return fitted

@@ -108,15 +108,16 @@ class DiffColor:
         clip: str | None = None,
         settings: Settings | str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
     ) -> "DiffColor":
         """Load "photo", "demo", a diffusers folder, or a hub model at a pinned commit ("owner/name@commit").
 
         clip: the guidance CLIP, by default the folder's own `clip` or OpenAI's ViT-B/32. settings: a record or a
-        preset's name; by default the one that suits the model (`preset_for`). dtype: what the networks compute in;
-        weights stay float32. revision: what `models.identify(model)` gave before, so that a folder is not hashed
-        again. Raises ModelError (see `models.load_checkpoint`), and ValueError for an unknown preset.
+        preset's name; by default the one that suits the model (`preset_for`). dtype: what the networks compute in, as
+        `models.compute_dtype` takes it; what is trained stays float32. revision: what `models.identify(model)` gave
+        before, so that a folder is not hashed again. Raises ModelError (see `models.load_checkpoint`), and
+        ValueError for an unknown preset or dtype.
         """
         chosen = preset(settings) if isinstance(settings, str) else settings
         return cls(load_checkpoint(model, clip=clip, device=device, dtype=dtype, revision=revision), chosen)

@@ -9,6 +9,7 @@ safetensors are read.
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,10 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: frozen, in evaluation mode, with float32 weights.
+    """A loaded checkpoint: frozen, in evaluation mode.
 
-    model_id, model_revision: as `identify` gives them. dtype: what the networks compute in (autocast).
+    model_id, model_revision: as `identify` gives them. dtype: of the weights, and what the networks compute in
+    (autocast). All inputs and outputs are float32.
     """
 
     vae: AutoencoderKL
@@ -130,9 +132,9 @@ class Checkpoint:
         """The side of the square pictures that the checkpoint was trained on."""
         return int(self.unet.config.sample_size) * self.vae_factor
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which the networks run. float32 means none."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """z = s E(x): pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H/f, W/f], the posterior's mean."""
@@ -240,21 +242,43 @@ def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> Tensor:
     return ids
 
 
+def compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, by torch's name or as text; "auto" is bfloat16 on a GPU that has it, else float32.
+
+    Raises ValueError for any other, with the reason.
+    """
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name == "float16":
+        raise ValueError(
+            "dtype float16: Stable Diffusion's VAE overflows in it, and small gradients vanish without loss scaling; "
+            "give bfloat16, which has the range of float32"
+        )
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r}: give auto, float32 or bfloat16")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
 def load_checkpoint(
     model: str,
     *,
     clip: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
 ) -> Checkpoint:
     """Load a checkpoint and its guidance CLIP.
 
     model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may be a bundled one too.
-    revision: what `identify(model)` gave, for instance in the process that planned a run: a folder is then not
-    hashed again. Raises ModelError if a model is missing, not pinned, not at `revision`, or of an architecture
-    that we do not serve.
+    dtype: as `compute_dtype` takes it. revision: what `identify(model)` gave, for instance in the process that
+    planned a run: a folder is then not hashed again. Raises ModelError if a model is missing, not pinned, not at
+    `revision`, or of an architecture that we do not serve, and ValueError for an unknown dtype.
     """
+    device = torch.device(device)
+    dtype = compute_dtype(dtype, device)
     source, commit = resolve(model)
     transformers_logging.disable_progress_bar()  # for copying weights; downloads keep theirs
     try:
@@ -263,10 +287,11 @@ def load_checkpoint(
         if kind != "StableDiffusionPipeline":
             known = "only StableDiffusionPipeline checkpoints (Stable Diffusion 1.x and 2.x) are served"
             raise ModelError(f"{model!r} is {kind}, but {known}: later ones need a second text encoder and more")
-        common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "torch_dtype": torch.float32}
+        common: dict[str, Any] = {"revision": commit, "use_safetensors": True}
+        common["torch_dtype"] = dtype
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
-        text: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+        text: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
         text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", revision=commit, **text)
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=commit)
@@ -282,7 +307,6 @@ def load_checkpoint(
         channels = f"{unet.config.in_channels} input channels for latents with {vae.config.latent_channels}"
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     model_id, model_revision = identify(model, revision)
-    device = torch.device(device)
     has_prior = Path(source, "color_prior").is_dir()
     color_prior = load_color_prior(Path(source, "color_prior")) if has_prior else None
     for module in (vae, unet, text_encoder, clip_model, *([color_prior] if color_prior else [])):

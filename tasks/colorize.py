@@ -32,7 +32,11 @@ class ImageWorker:
         self.config = config
         self.archive, self.output = Store(config.options.archive), Store(config.options.output)
         self.pipe = DiffColor.from_pretrained(
-            config.options.model, settings=config.settings, device=config.device, revision=config.model_revision
+            config.options.model,
+            settings=config.settings,
+            device=config.device,
+            dtype=config.options.dtype,
+            revision=config.model_revision,
         )
 
     def ready(self) -> str:
@@ -193,6 +197,7 @@ class ImageWorker:
                 "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "device_name": device_name(self.pipe.checkpoint.device),
+                "dtype": str(self.pipe.checkpoint.dtype).removeprefix("torch."),
                 "peak_memory_bytes": peak_memory_bytes(self.pipe.checkpoint.device),
                 "node": socket.gethostname(),
                 "finished_at": datetime.now(UTC),

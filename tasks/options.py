@@ -61,6 +61,9 @@ class PictureOptions(_Options):
     """Write a small lossy copy beside each picture."""
     seed: int = 0
     """Seed of every random draw. The same seed gives the same pixels on the same hardware and number of threads."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the networks compute in. `auto` takes bfloat16 on GPUs that have it, else float32. What is trained stays
+    float32. There is no float16: Stable Diffusion's VAE overflows in it, and small gradients vanish."""
     overrides: dict[str, Any] | None = None
     """Settings that differ from the preset's, by path: `stage2.adapter_rank=4`."""
     keep_fits: bool = True

@@ -76,7 +76,10 @@ class RunConfig:
     @cached_property
     def _fit_inputs(self) -> str:
         model = [self.model_id, self.model_revision]
-        return json.dumps([METHOD_VERSION, model, self.settings.sha256(), self.options.seed])
+        inputs = [METHOD_VERSION, model, self.settings.sha256(), self.options.seed]
+        if self.options.dtype != "auto":  # `auto` is like the GPU's own way to round: no part of the hash
+            inputs.append(self.options.dtype)
+        return json.dumps(inputs)
 
     def fit_sha256(self, context_prompt: str | None) -> str:
         """Hash of everything that shapes a fit besides the image itself."""

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from diffcolor_core.prompts import GENERIC_PROMPT
 from flows.cli.common import (
     DeviceOption,
+    DtypeOption,
     ModelOption,
     OutputArgument,
     PresetOption,
@@ -50,6 +51,7 @@ def colorize(
     set_: SetOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     image_format: Annotated[
         Literal["png", "tiff", "jpeg", "webp"],
         typer.Option("--format", help="`png` and `tiff` keep every bit; `jpeg` and `webp` are 8-bit access copies."),
@@ -76,7 +78,7 @@ def colorize(
     try:
         settings = settings_preset(preset or preset_for(model), overrides_of(set_))
         scan = read_scan(image)
-        pipe = DiffColor.from_pretrained(model, settings=settings, device=device_of(device))
+        pipe = DiffColor.from_pretrained(model, settings=settings, device=device_of(device), dtype=dtype)
     except (ValueError, OSError) as error:
         raise fail(error, 2) from error
     _warn_of_demo(model, str(image))

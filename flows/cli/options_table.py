@@ -19,7 +19,8 @@ variable before the file, and the file before the default.
 
 Deployments see flow parameters only. The options of the first group are parameters of their own, all others are fields
 of the parameter `options`. The command `recolor` and the flow `recolor-archive` take the groups *Machines* and
-*Resuming and faults*. The commands `colorize` and `study` take `model`, `preset`, `seed`, `overrides` and `device`.
+*Resuming and faults*. The commands `colorize` and `study` take `model`, `preset`, `seed`, `overrides` and `device`,
+`colorize` also `dtype`.
 
 ```toml
 # {FILE}

@@ -39,6 +39,15 @@ def test_new_adapters_change_nothing_and_are_all_that_trains(checkpoint):
         torch.testing.assert_close(checkpoint.predict(unet, z, t, e), checkpoint.predict(checkpoint.unet, z, t, e))
 
 
+def test_adapters_share_the_frozen_weights(checkpoint):
+    base = {parameter.data_ptr() for parameter in checkpoint.unet.parameters()}
+    unet = trainable_copy(checkpoint.unet, 2, torch.Generator())
+    again = fitted_unet(checkpoint.unet, 2, fitted_state(unet, 2))
+    for copied in (unet, again):
+        assert {p.data_ptr() for name, p in copied.named_parameters() if "lora" not in name} == base
+        assert base.isdisjoint({p.data_ptr() for name, p in copied.named_parameters() if "lora" in name})
+
+
 def test_the_same_seed_draws_the_same_adapters(checkpoint):
     states = [
         fitted_state(trainable_copy(checkpoint.unet, 2, torch.Generator().manual_seed(seed)), 2) for seed in (3, 3, 4)

@@ -248,3 +248,19 @@ def test_clip_sees_a_small_picture_of_the_same_shape(pipe, fit, monkeypatch, siz
     result.__dict__["image"] = Picture(np.full((*size, 3), 119, np.uint8))
     assert result.metrics["p99_abs_delta_l"] < 0.3
     assert shapes == [seen]
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "adapters"])
+def test_in_bfloat16_the_frozen_weights_are_small_and_the_trained_ones_are_not(tiny_folder, rank):
+    stages = {name: getattr(QUICK, name).model_copy(update={"adapter_rank": rank}) for name in ("stage1", "stage2")}
+    settings = QUICK.model_copy(update=stages)
+    pipes = [DiffColor.from_pretrained(str(tiny_folder), settings=settings, dtype=d) for d in ("bfloat16", "float32")]
+    fits = [pipe.fit(scan_bytes(40, 56), CONTEXT) for pipe in pipes]
+    networks = (pipes[0].checkpoint.unet, pipes[0].checkpoint.vae, pipes[0].checkpoint.clip)
+    assert {p.dtype for network in networks for p in network.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in fits[0].unet_state.values()} == {torch.float32}
+    for name, losses in fits[0].losses.items():
+        assert losses == pytest.approx(fits[1].losses[name], rel=0.1), name
+    chroma = [pipe.recolor(fit, TARGET).chroma for pipe, fit in zip(pipes, fits, strict=True)]
+    difference = (chroma[0] - chroma[1]).abs().mean()
+    assert 0 < float(difference) < 0.1 * float(chroma[1].abs().mean())

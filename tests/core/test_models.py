@@ -23,6 +23,22 @@ def test_hub_ids_come_with_a_pinned_revision():
         resolve("nonsense")
 
 
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert models.compute_dtype("auto", cpu) == torch.float32
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert models.compute_dtype("auto", gpu) == dtype
+    assert models.compute_dtype("float32", gpu) == models.compute_dtype(torch.float32, gpu) == torch.float32
+    assert models.compute_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "int8"])
+def test_other_dtypes_are_refused_with_the_reason(tiny_folder, dtype):
+    with pytest.raises(ValueError, match="give auto, float32" if dtype == "int8" else "overflows in it"):
+        load_checkpoint(str(tiny_folder), dtype=dtype)
+
+
 def test_the_hub_is_asked_for_exactly_the_pinned_safetensors(monkeypatch):
     """The same code path as a folder: what reaches `from_pretrained` for a hub id."""
     asked = []

@@ -249,3 +249,11 @@ def test_a_fault_of_the_gpu_is_told_from_a_lack_of_memory(config, monkeypatch, e
     planned = PlannedImage(ImageWork("a.png", "v", "a ball", (Variant("primary", None),)), (1,))
     with pytest.raises(AcceleratorFaultError if fault else type(error), match=re.escape(str(error)[:20])):
         worker.colorize(planned)
+
+
+def test_the_dtype_is_in_the_row_and_if_it_was_chosen_in_the_hash(config):
+    (row,) = run(config, dtype="bfloat16")
+    assert row["dtype"] == "bfloat16"
+    hashes = {dtype: with_options(config, dtype=dtype).fit_sha256("a") for dtype in ("auto", "float32", "bfloat16")}
+    assert len(set(hashes.values())) == 3
+    assert row["config_sha256"] != config.config_sha256("a ball", "a red ball")
