@@ -144,6 +144,7 @@ class DiffColor:
             raise ValueError("the context prompt is empty: say what is in the picture")
         scan = image if isinstance(image, Scan) else read_scan(image)
         generator = torch.Generator().manual_seed(seed)
+        self._last_fitted = None  # frees its memory before the next copies are made
 
         # Stage 1: colours from the generative prior, aligned with the scan
         start = time.perf_counter()

@@ -75,8 +75,8 @@ def colorize_with_prior(
     optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=stage1.learning_rate)
     losses: dict[str, list[float]] = {"contrastive": [], "diffusion": []}
     for step in range(stage1.num_steps):
+        optimizer.zero_grad()  # frees the last gradients before the forward pass takes memory
         loss, contrastive, diffusion = prior_loss(checkpoint, unet, z, texts, settings, generator)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses["contrastive"].append(contrastive.item())

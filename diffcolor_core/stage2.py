@@ -157,8 +157,8 @@ def minimise(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     losses = []
     for step in range(num_steps):
+        optimizer.zero_grad()  # frees the last gradients before the forward pass takes memory
         loss = loss_of()
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

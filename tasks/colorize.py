@@ -53,6 +53,8 @@ class ImageWorker:
         `smaller_because` says why. Raises AcceleratorFaultError if the process is of no more use.
         """
         started_at = datetime.now(UTC)
+        if self.pipe.checkpoint.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.pipe.checkpoint.device)
         try:
             data = self.archive.read(planned.work.image_key, max_bytes=MAX_FILE_BYTES)
         except (InvalidKeyError, UnsafeFileError, OversizeError) as error:

@@ -1,5 +1,7 @@
+import gc
 import hashlib
 import io
+import weakref
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -9,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import DiffColor, DivergedError, FitError, Picture, Scan, Settings, read_picture
+from diffcolor_core import DiffColor, DivergedError, FitError, Picture, Scan, Settings, colorizer, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
+from diffcolor_core.stage1 import colorize_with_prior
 from support.pictures import gray_picture
 
 QUICK = Settings(
@@ -264,3 +267,18 @@ def test_in_bfloat16_the_frozen_weights_are_small_and_the_trained_ones_are_not(t
     chroma = [pipe.recolor(fit, TARGET).chroma for pipe, fit in zip(pipes, fits, strict=True)]
     difference = (chroma[0] - chroma[1]).abs().mean()
     assert 0 < float(difference) < 0.1 * float(chroma[1].abs().mean())
+
+
+def test_a_fit_frees_the_one_before_it(tiny_folder, monkeypatch):
+    pipe = DiffColor.from_pretrained(str(tiny_folder), settings=QUICK)
+    pipe.fit(scan_bytes(), CONTEXT)
+    before, alive = weakref.ref(pipe._last_fitted.unet), []
+
+    def watched(*arguments):
+        alive.append(before() is not None)
+        return colorize_with_prior(*arguments)
+
+    monkeypatch.setattr(colorizer, "colorize_with_prior", watched)
+    gc.collect()
+    pipe.fit(scan_bytes(), CONTEXT)
+    assert alive == [False]
