@@ -62,6 +62,18 @@ def resolve(model: str) -> tuple[str, str | None]:
     return name, revision
 
 
+def _variant_of(path: Path) -> str | None:
+    """The variant that a file of weights, or their index, belongs to: "fp16" of `model.fp16.safetensors`."""
+    found = re.search(r"\.(fp16|bf16|non_ema|ema_only)[.-].*safetensors", path.name)
+    return found[1] if found else None
+
+
+def _variant_to_load(source: str) -> str | None:
+    """The variant that is loaded: fp16 if a folder has the UNet in no other form, else the one without a name."""
+    variants = {_variant_of(path) for path in Path(source, "unet").glob("*.safetensors")}
+    return "fp16" if "fp16" in variants and None not in variants else None
+
+
 def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     """(model_id, model_revision) as fits and manifests record them.
 
@@ -73,7 +85,9 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     source, commit = resolve(model)
     revision = commit or known_revision or ""
     if commit is None:
+        loaded = (None, _variant_to_load(source))  # other variants are not part of what the folder is
         files = sorted(path for path in Path(source).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        files = [path for path in files if _variant_of(path) in loaded]
         quick, whole = hashlib.sha256(), hashlib.sha256()
         for path in files:
             name, size = str(path.relative_to(source)), path.stat().st_size
@@ -287,12 +301,15 @@ def load_checkpoint(
         if kind != "StableDiffusionPipeline":
             known = "only StableDiffusionPipeline checkpoints (Stable Diffusion 1.x and 2.x) are served"
             raise ModelError(f"{model!r} is {kind}, but {known}: later ones need a second text encoder and more")
-        common: dict[str, Any] = {"revision": commit, "use_safetensors": True}
+        variant = _variant_to_load(source)
+        common: dict[str, Any] = {"revision": commit, "variant": variant, "use_safetensors": True}
         common["torch_dtype"] = dtype
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
         text: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
-        text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", revision=commit, **text)
+        text_encoder = CLIPTextModel.from_pretrained(
+            source, subfolder="text_encoder", revision=commit, variant=variant, **text
+        )
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=commit)
 

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffcolor_core import models
 from diffcolor_core.errors import ModelError
@@ -197,3 +198,22 @@ def test_embeds_are_padded_with_the_empty_prompt(tiny_folder):
     e_empty = checkpoint.encode_prompts([""])
     torch.testing.assert_close(models.pad_embeds(short, e_empty, 3 * 77), long[:1])
     assert torch.equal(models.pad_embeds(short, e_empty, 77), short)
+
+
+def test_a_folder_in_fp16_loads_and_other_variants_do_not_change_what_a_folder_is(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    before = identify(str(folder))
+    plain = load_checkpoint(str(folder))
+    for name in ("unet", "vae", "text_encoder"):
+        (weights,) = (folder / name).glob("*.safetensors")
+        half = {key: tensor.half() for key, tensor in load_file(weights).items()}
+        save_file(half, weights.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    assert identify(str(folder)) == before
+    for name in ("unet", "vae", "text_encoder"):
+        next(path for path in (folder / name).glob("*.safetensors") if "fp16" not in path.name).unlink()
+    assert identify(str(folder)) != before
+    half = load_checkpoint(str(folder))
+    for ours, theirs in zip(half.unet.parameters(), plain.unet.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
