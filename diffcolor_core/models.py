@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.color import lock_luminance
 from diffcolor_core.color_prior import FACTOR, ColorPrior, load_color_prior
 from diffcolor_core.errors import ModelError
@@ -241,6 +242,22 @@ class Checkpoint:
             features = self.clip.get_image_features(pixel_values=pixels).pooler_output
         features = F.normalize(features.float(), dim=-1).view(count, len(x), -1).mean(dim=0)
         return F.normalize(features, dim=-1)
+
+
+def trained_bytes(model: str, adapter_rank: int | None) -> int:
+    """What the weights that stage 2 trains take in float32, which is what a kept fit takes, about.
+
+    Reads the UNet's configuration only. Raises ModelError if there is none.
+    """
+    source, commit = resolve(model)
+    try:
+        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=commit)
+    except OSError as error:
+        raise ModelError(f"cannot load {model!r}: {error}") from error
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+    trained = trainable_copy(unet, adapter_rank, torch.Generator())
+    return sum(4 * parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
 
 
 def pad_embeds(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:

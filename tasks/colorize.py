@@ -154,7 +154,7 @@ class ImageWorker:
         Without targets and without a place to keep it, the fit stops after stage 1.
         """
         seed = self.config.options.seed
-        if not self.config.options.keep_fits or "fallback" in shared:
+        if self.config.options.keep_fits is False or "fallback" in shared:
             fit = pipe.fit(scan, context_prompt, seed=seed, primary_only=not has_targets)
             return fit, {"fit_reused": False}
         folder = fit_folder(shared["input_sha256"], self.config.fit_sha256(context_prompt))

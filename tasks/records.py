@@ -72,6 +72,8 @@ class RunConfig:
     """Where the actors compute."""
     generation: int = 0
     """Number of the run on its output."""
+    fit_bytes: int = 0
+    """What a kept fit takes, about."""
 
     @cached_property
     def _fit_inputs(self) -> str:

@@ -26,6 +26,7 @@ from flows.cli.common import (
 )
 from flows.cli.options import checked, flag, overrides_of, with_flags
 from tasks.options import RecolorOptions, RunOptions, flow_arguments
+from tasks.records import RunConfig
 
 SAMPLES = Path(__file__).parents[2] / "examples"
 DEMO_MODEL = (
@@ -179,6 +180,7 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
         except (ValueError, OSError) as error:
             raise fail(error, 2) from error
         _warn_of_demo(run.config.options.model, run.config.options.archive)
+        _tell_size_of_fits(run.config)
         from flows.local_prefect import start_prefect
 
         try:
@@ -199,6 +201,15 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
     notes.print(f"images and manifest: {options.output}", markup=False, soft_wrap=True)
     if summary["quarantined"] or summary["failed"]:
         raise typer.Exit(3)
+
+
+def _tell_size_of_fits(config: RunConfig) -> None:
+    """Say what the fits will take, or why none are kept although nobody said so."""
+    size = f"{config.fit_bytes / 1e6:,.0f} MB"
+    if config.options.keep_fits:
+        notes.print(f"each image's fit takes {size} of the output; --no-keep-fits keeps none", highlight=False)
+    else:
+        notes.print(f"no fits are kept; with --keep-fits each image's takes {size}", highlight=False)
 
 
 def _warn_of_demo(model: str, scans: str) -> None:
