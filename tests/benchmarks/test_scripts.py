@@ -22,7 +22,7 @@ def test_a_plan_is_measured(tmp_path):
     assert [figure["rows"] for figure in figures] == [50, 500]
 
 
-@pytest.mark.parametrize("name", ["costs", "drift", "fleet", "pipeline", "quality", "s3"])
+@pytest.mark.parametrize("name", ["costs", "drift", "fleet", "flops", "pipeline", "quality", "s3"])
 def test_the_others_explain_themselves(name):
     assert "Usage" in run("-m", f"benchmarks.{name}", "--help")
 
