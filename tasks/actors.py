@@ -62,7 +62,7 @@ class PooledActor:
     def colorize(self, planned: PlannedImage, timeout_seconds: float, smaller_because: str | None) -> list[Row]:
         """The image's rows. Raises ActorGoneError, or Ray's RayTaskError with the error that the actor raised.
 
-        An actor whose GPU has failed would fail image after image, so its process is ended: it counts as dead.
+        An actor whose GPU has failed counts as gone: its process ends when it is next asked whether it is ready.
         """
         import ray
 
@@ -74,7 +74,6 @@ class PooledActor:
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, AcceleratorFaultError):
                 raise
-            ray.kill(self.handle, no_restart=False)
             raise ActorGoneError(f"its GPU failed: {error.cause}") from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             reason = str(error).strip().partition("\n")[0]

@@ -29,7 +29,7 @@ class ImageWorker:
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self.config = config
+        self.config, self._gpu_failed = config, False
         self.archive, self.output = Store(config.options.archive), Store(config.options.output)
         self.pipe = DiffColor.from_pretrained(
             config.options.model,
@@ -40,9 +40,14 @@ class ImageWorker:
         )
 
     def ready(self) -> str:
-        """Answers once the model is loaded: the id of the Ray node, if there is one."""
+        """Answers once the model is loaded: the id of the Ray node, if there is one.
+
+        A process whose GPU has failed ends here. Ray then starts the actor again and asks the new process.
+        """
         import ray
 
+        if self._gpu_failed:
+            os._exit(1)
         return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
@@ -89,6 +94,7 @@ class ImageWorker:
             return adopted + error_rows(self.config, planned, "quarantined", error, shared)
         except RuntimeError as error:
             if _is_accelerator_fault(error):
+                self._gpu_failed = True
                 raise AcceleratorFaultError(str(error).strip().partition("\n")[0]) from error
             raise
 

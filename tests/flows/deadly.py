@@ -49,15 +49,15 @@ class FaultyAcceleratorWorker(ImageWorker):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
-        self.lost = False
+        self.poisoned = False
 
     def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
         if planned.work.image_key == "scan 1.png":
             first_time = Path(f"{self.config.options.output}.fault")
-            self.lost |= not first_time.exists()
+            self.poisoned |= not first_time.exists()
             first_time.touch()
-        if self.lost or planned.work.image_key == "scan 2.png":
-            self.lost = True
+        if self.poisoned or planned.work.image_key == "scan 2.png":
+            self.poisoned = True
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
         return super()._colorize(planned, scan, pipe, shared)
 
