@@ -13,13 +13,13 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import torch
 import typer
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -44,13 +44,9 @@ NUM_PARTS = 3
 """Colours of the new prompt. With regional prompts each makes its own part of the picture."""
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention as one operation that does not keep its matrix, as GPUs compute it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return FUSED(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+def fused_attention() -> Any:
+    """A context in which attention is one operation that does not keep its matrix, as GPUs compute it."""
+    return mock.patch.object(F, "scaled_dot_product_attention", lambda *qkv, **_: FUSED(*qkv[:3])[0])
 
 
 def count_flop() -> FlopCounterMode:
@@ -148,7 +144,7 @@ def _add_pooled_text_and_sizes(unet: nn.Module, args: tuple[Any, ...], kwargs: d
 
 def cost_of(call: Callable[[], Any], *held: nn.Module) -> Cost:
     """The cost of one call, while these modules are in memory."""
-    with PeakBytes(*held) as memory, count_flop() as counter, FusedAttention():
+    with PeakBytes(*held) as memory, count_flop() as counter, fused_attention():
         result = call()
     del result
     return Cost(counter.get_total_flops(), memory.peak)
@@ -211,12 +207,12 @@ class Counter:
     def _prior_settings(settings: Settings, batch: int) -> Settings:
         """Only what a step of stage 1 depends on, so that equal steps are counted once."""
         one = settings.stage1
-        names = ("adapter_rank", "num_views", "diffusion_target", "anti_color_prompts")
+        names = ("adapter_rank", "num_views", "diffusion_target", "anti_color_prompts", "recompute")
         kept = {name: getattr(one, name) for name in names} | {"contrastive_weight": float(one.contrastive_weight > 0)}
         return Settings(batch_size=batch, stage1=type(one)(**kept))
 
     def _fitted(self, rank: int | None) -> tuple[UNet2DConditionModel, list[Tensor]]:
-        unet = trainable_copy(self.checkpoint.unet, rank, torch.Generator())
+        unet = trainable_copy(self.checkpoint.unet, rank, [torch.Generator()])
         return unet, [p for p in unet.parameters() if p.requires_grad]
 
     def _prior_step(self, settings: Settings) -> Cost:
@@ -224,7 +220,7 @@ class Counter:
         features = self.checkpoint.clip.config.projection_dim
         num_negatives = len(settings.stage1.anti_color_prompts)
         clip = [torch.empty(count, features, device=META) for count in (1, num_negatives)]
-        texts, draws = Texts(self.embeds, *clip), torch.Generator()
+        texts, draws = Texts(self.embeds, *clip), [torch.Generator()]
         loss_of = lambda: prior_loss(self.checkpoint, unet, self.z, texts, settings, draws)[0]  # noqa: E731
         return step_cost(loss_of, trained, *self.resident, unet)
 
@@ -233,7 +229,7 @@ class Counter:
         embeds = self.embeds.clone()
         if part == "embedding":
             trained = [embeds.requires_grad_(True)]
-        loss_of = partial(reconstruction_loss, self.checkpoint, unet, self.z, embeds, batch, torch.Generator())
+        loss_of = partial(reconstruction_loss, self.checkpoint, unet, self.z, embeds, batch, [torch.Generator()])
         return step_cost(loss_of, trained, *self.resident, unet)
 
     def _sampling(self, settings: SamplingSettings, pictures: int, parts: int, rank: int | None) -> Stage:

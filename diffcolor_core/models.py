@@ -8,8 +8,8 @@ safetensors are read.
 
 import hashlib
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,17 @@ class Checkpoint:
             embeds = self.text_encoder(ids.flatten(0, 1).to(self.device)).last_hidden_state
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]
 
+    def encode_apart(self, prompts: Sequence[str]) -> Tensor:
+        """T(c) of each prompt alone, so that none depends on the others: [B, chunks x max_length, width].
+
+        Raises ValueError for prompts that differ in their number of chunks.
+        """
+        embeds = [self.encode_prompts([prompt]) for prompt in prompts]
+        if len({e.shape for e in embeds}) > 1:
+            chunks = [e.shape[1] // int(self.tokenizer.model_max_length) for e in embeds]
+            raise ValueError(f"the prompts of one batch have equally many chunks of tokens, but these have {chunks}")
+        return torch.cat(embeds)
+
     def token_positions(self, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
         """For each part prompt[start:end], the positions of its tokens in `encode_prompts([prompt])`."""
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -256,8 +267,20 @@ def trained_bytes(model: str, adapter_rank: int | None) -> int:
         raise ModelError(f"cannot load {model!r}: {error}") from error
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
-    trained = trainable_copy(unet, adapter_rank, torch.Generator())
+    trained = trainable_copy(unet, adapter_rank, [torch.Generator()])
     return sum(4 * parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+
+
+@contextmanager
+def recomputing(*networks: AutoencoderKL | UNet2DConditionModel) -> Iterator[None]:
+    """Graphs that are built here keep nothing inside the networks' blocks: the backward pass computes them again."""
+    for network in networks:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.disable_gradient_checkpointing()
 
 
 def pad_embeds(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:

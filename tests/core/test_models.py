@@ -223,5 +223,5 @@ def test_a_folder_in_fp16_loads_and_other_variants_do_not_change_what_a_folder_i
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_size_of_a_fit_is_known_from_the_configuration(tiny_folder, rank):
     checkpoint = load_checkpoint(str(tiny_folder))
-    state = fitted_state(trainable_copy(checkpoint.unet, rank, torch.Generator()), rank)
+    state = fitted_state(trainable_copy(checkpoint.unet, rank, [torch.Generator()]), rank)
     assert models.trained_bytes(str(tiny_folder), rank) == sum(4 * tensor.numel() for tensor in state.values())
