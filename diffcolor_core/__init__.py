@@ -10,7 +10,7 @@ from diffcolor_core._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from diffcolor_core.color_terms import ColorReport as ColorReport
-    from diffcolor_core.colorizer import DiffColor as DiffColor, Result as Result
+    from diffcolor_core.colorizer import DiffColor as DiffColor, Result as Result, ToFit as ToFit
     from diffcolor_core.config import PRESETS as PRESETS, Settings as Settings, preset as preset
     from diffcolor_core.errors import (
         DivergedError as DivergedError,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "color_terms": ("ColorReport",),
-    "colorizer": ("DiffColor", "Result"),
+    "colorizer": ("DiffColor", "Result", "ToFit"),
     "config": ("PRESETS", "Settings", "preset"),
     "errors": ("DivergedError", "FitError", "ModelError", "UnreadableImageError"),
     "fits": ("Fit",),

@@ -6,10 +6,11 @@ at the end.
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -25,9 +26,20 @@ from diffcolor_core.fits import Fit, load_fit, scan_sha256
 from diffcolor_core.images import Picture, Scan, read_scan, resize
 from diffcolor_core.metrics import abs_delta_l, colorfulness
 from diffcolor_core.models import Checkpoint, load_checkpoint
+from diffcolor_core.optimising import Photograph
 from diffcolor_core.progress import Progress, silent
 from diffcolor_core.stage1 import colorize_with_prior
-from diffcolor_core.stage2 import FittedModel, fit_in_context, recolor
+from diffcolor_core.stage2 import FittedModel, InContextFit, fit_in_context, recolor
+
+DIVERGED = "the optimisation has diverged to values that are not finite: lower the learning rates"
+
+
+class ToFit(NamedTuple):
+    """A photograph of a batch: its file or scan, its context prompt and the seed of its draws, as `fit` takes them."""
+
+    image: Scan | bytes | str | Path
+    context_prompt: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,15 +120,16 @@ class DiffColor:
         clip: str | None = None,
         settings: Settings | str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
     ) -> "DiffColor":
         """Load "photo", "demo", a diffusers folder, or a hub model at a pinned commit ("owner/name@commit").
 
         clip: the guidance CLIP, by default the folder's own `clip` or OpenAI's ViT-B/32. settings: a record or a
-        preset's name; by default the one that suits the model (`preset_for`). dtype: what the networks compute in;
-        weights stay float32. revision: what `models.identify(model)` gave before, so that a folder is not hashed
-        again. Raises ModelError (see `models.load_checkpoint`), and ValueError for an unknown preset.
+        preset's name; by default the one that suits the model (`preset_for`). dtype: what the networks compute in, as
+        `models.compute_dtype` takes it; what is trained stays float32. revision: what `models.identify(model)` gave
+        before, so that a folder is not hashed again. Raises ModelError (see `models.load_checkpoint`), and
+        ValueError for an unknown preset or dtype.
         """
         chosen = preset(settings) if isinstance(settings, str) else settings
         return cls(load_checkpoint(model, clip=clip, device=device, dtype=dtype, revision=revision), chosen)
@@ -139,56 +152,87 @@ class DiffColor:
         UnreadableImageError if the file is not a picture, ValueError for an empty prompt or a primary of another
         size, DivergedError if the optimisation leaves the finite numbers.
         """
-        if not context_prompt.strip():
+        [fit] = self._fit([ToFit(image, context_prompt, seed)], primary, primary_only, progress)
+        if isinstance(fit, DivergedError):
+            raise fit
+        return fit
+
+    def fit_batch(
+        self, photographs: Sequence[ToFit], *, primary_only: bool = False, progress: Progress = silent
+    ) -> Iterator[Fit | DivergedError]:
+        """Fit the model to several photographs at once, each with adapters of its own [O].
+
+        Gives for each, in their order, what `fit` gives or raises. A fit is the same whatever its neighbours in the
+        batch are and wherever it stands among them. It differs in the last digits from that of another batch size,
+        so fill a batch up if that matters. Raises ValueError for settings without adapters, and for photographs that
+        differ in working size, or whose prompts differ in their number of chunks (77 tokens).
+        """
+        return self._fit(photographs, None, primary_only, progress)
+
+    def _fit(
+        self, photographs: Sequence[ToFit], primary: Picture | None, primary_only: bool, progress: Progress
+    ) -> Iterator[Fit | DivergedError]:
+        if not all(one.context_prompt.strip() for one in photographs):
             raise ValueError("the context prompt is empty: say what is in the picture")
-        scan = image if isinstance(image, Scan) else read_scan(image)
-        generator = torch.Generator().manual_seed(seed)
+        settings, checkpoint, num = self.settings, self.checkpoint, len(photographs)
+        self._last_fitted = None  # frees its memory before this fit takes as much
+        scans = [one.image if isinstance(one.image, Scan) else read_scan(one.image) for one in photographs]
 
         # Stage 1: colours from the generative prior, aligned with the scan
         start = time.perf_counter()
-        lightness, content_px = self._at_working_size(scan)
-        losses: dict[str, list[float]] = {}
-        generated = None
+        sizes = [self._at_working_size(scan) for scan in scans]
+        shapes = {tuple(lightness.shape[-2:]) for lightness, _ in sizes}
+        if len(shapes) > 1:
+            raise ValueError(f"the photographs of one batch have one working size, but these have {sorted(shapes)}")
+        told = [
+            Photograph(lightness, one.context_prompt, torch.Generator().manual_seed(one.seed))
+            for one, (lightness, _) in zip(photographs, sizes, strict=True)
+        ]
+        losses: list[dict[str, list[float]]] = [{} for _ in told]
+        generated: list[Tensor | None] = [None] * num
         if primary is not None:
-            chroma = _chroma_at_working_size(primary, scan, lightness.shape[-2:], content_px)
-        elif not self.settings.stage1.enabled:
-            chroma = torch.zeros(2, *lightness.shape[-2:])
+            chromas = [_chroma_at_working_size(primary, scans[0], told[0].lightness.shape[-2:], sizes[0][1])]
+        elif not settings.stage1.enabled:
+            chromas = [torch.zeros(2, *one.lightness.shape[-2:]) for one in told]
         else:
-            prior = colorize_with_prior(self.checkpoint, lightness, context_prompt, self.settings, generator, progress)
-            chroma, generated, losses = prior.chroma, prior.generated, prior.losses
-        _check_finite(chroma)
+            priors = colorize_with_prior(checkpoint, told, settings, progress)
+            chromas, losses = [prior.chroma for prior in priors], [prior.losses for prior in priors]
+            generated = [prior.generated for prior in priors]
+        diverged = [not _is_finite(chroma) for chroma in chromas]
 
         # Stage 2, steps 1 to 3: the embedding and the model that reproduce these colours
         middle = time.perf_counter()
-        rewritten_prompt = prompt_embeds = unet_state = unet = None
-        if not primary_only:
-            rewritten_prompt, prompt_embeds, unet, stage2_losses = fit_in_context(
-                self.checkpoint, lightness, chroma, context_prompt, self.settings, generator, progress
+        made: Sequence[InContextFit | None] = [None] * num
+        if not (primary_only or all(diverged)):
+            made = fit_in_context(checkpoint, told, chromas, settings, progress)
+        stage1_seconds, stage2_seconds = (middle - start) / num, (time.perf_counter() - middle) / num
+        for i, (one, in_context) in enumerate(zip(photographs, made, strict=True)):
+            state = None if in_context is None else fitted_state(in_context.unet, settings.stage2.adapter_rank)
+            trained = () if in_context is None or state is None else (in_context.prompt_embeds, *state.values())
+            if diverged[i] or not _is_finite(*trained):
+                yield DivergedError(DIVERGED)
+                continue
+            fit = Fit(
+                scan=scans[i],
+                scan_sha256=scan_sha256(scans[i]),
+                lightness=told[i].lightness,
+                content_px=sizes[i][1],
+                primary=chromas[i],
+                rewritten_prompt=None if in_context is None else in_context.rewritten_prompt,
+                prompt_embeds=None if in_context is None else in_context.prompt_embeds,
+                unet_state=state,
+                context_prompt=one.context_prompt,
+                settings=settings,
+                seed=one.seed,
+                model_id=checkpoint.model_id,
+                model_revision=checkpoint.model_revision,
+                losses=losses[i] if in_context is None else losses[i] | in_context.losses,
+                stage1_seconds=stage1_seconds,
+                stage2_seconds=stage2_seconds,
+                generated=generated[i],
             )
-            unet_state = fitted_state(unet, self.settings.stage2.adapter_rank)
-            losses |= stage2_losses
-            _check_finite(prompt_embeds, *unet_state.values())
-        fit = Fit(
-            scan=scan,
-            scan_sha256=scan_sha256(scan),
-            lightness=lightness,
-            content_px=content_px,
-            primary=chroma,
-            rewritten_prompt=rewritten_prompt,
-            prompt_embeds=prompt_embeds,
-            unet_state=unet_state,
-            context_prompt=context_prompt,
-            settings=self.settings,
-            seed=seed,
-            model_id=self.checkpoint.model_id,
-            model_revision=self.checkpoint.model_revision,
-            losses=losses,
-            stage1_seconds=middle - start,
-            stage2_seconds=time.perf_counter() - middle,
-            generated=generated,
-        )
-        self._last_fitted = None if unet is None else FittedModel(self.checkpoint, fit, unet)
-        return fit
+            self._last_fitted = None if in_context is None else FittedModel(checkpoint, fit, in_context.unet)
+            yield fit
 
     def load_fit(self, url: str, image: Scan | bytes | str | Path | None = None) -> Fit:
         """Read a fit that `Fit.save` wrote. image: the scan, needed if the fit was saved without it.
@@ -239,7 +283,8 @@ class DiffColor:
             unet = fitted_unet(self.checkpoint.unet, fit.settings.stage2.adapter_rank, fit.unet_state)
             self._last_fitted = FittedModel(self.checkpoint, fit, unet)
         recolorings = recolor(self._last_fitted, prompts, alpha, base_chroma, base_prompt)
-        _check_finite(*(recoloring.chroma for recoloring in recolorings))
+        if not _is_finite(*(recoloring.chroma for recoloring in recolorings)):
+            raise DivergedError(DIVERGED)
         seconds = (time.perf_counter() - start) / max(1, len(prompts))
         results = [
             Result(fit, self.checkpoint, prompt, alpha, made.chroma, made.generated, made.nouns, seconds)
@@ -282,6 +327,5 @@ def _chroma_at_working_size(picture: Picture, scan: Scan, size: tuple[int, ...],
     return srgb_to_lab(F.pad(resize(rgb, content_px)[None], padding, mode="replicate")[0])[1:]
 
 
-def _check_finite(*tensors: Tensor) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise DivergedError("the optimisation has diverged to values that are not finite: lower the learning rates")
+def _is_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

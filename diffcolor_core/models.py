@@ -8,7 +8,8 @@ safetensors are read.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.color import lock_luminance
 from diffcolor_core.color_prior import FACTOR, ColorPrior, NounRegions, load
 from diffcolor_core.color_terms import spoken
@@ -62,6 +64,18 @@ def resolve(model: str) -> tuple[str, str | None]:
     return name, revision
 
 
+def _variant_of(path: Path) -> str | None:
+    """The variant that a file of weights, or their index, belongs to: "fp16" of `model.fp16.safetensors`."""
+    found = re.search(r"\.(fp16|bf16|non_ema|ema_only)[.-].*safetensors", path.name)
+    return found[1] if found else None
+
+
+def _variant_to_load(source: str) -> str | None:
+    """The variant that is loaded: fp16 if a folder has the UNet in no other form, else the one without a name."""
+    variants = {_variant_of(path) for path in Path(source, "unet").glob("*.safetensors")}
+    return "fp16" if "fp16" in variants and None not in variants else None
+
+
 def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     """(model_id, model_revision) as fits and manifests record them.
 
@@ -73,7 +87,9 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     source, commit = resolve(model)
     revision = commit or known_revision or ""
     if commit is None:
+        loaded = (None, _variant_to_load(source))  # other variants are not part of what the folder is
         files = sorted(path for path in Path(source).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        files = [path for path in files if _variant_of(path) in loaded]
         quick, whole = hashlib.sha256(), hashlib.sha256()
         for path in files:
             name, size = str(path.relative_to(source)), path.stat().st_size
@@ -96,9 +112,10 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: frozen, in evaluation mode, with float32 weights.
+    """A loaded checkpoint: frozen, in evaluation mode.
 
-    model_id, model_revision: as `identify` gives them. dtype: what the networks compute in (autocast).
+    model_id, model_revision: as `identify` gives them. dtype: of the weights, and what the networks compute in
+    (autocast). All inputs and outputs are float32.
     """
 
     vae: AutoencoderKL
@@ -132,9 +149,9 @@ class Checkpoint:
         """The side of the square pictures that the checkpoint was trained on."""
         return int(self.unet.config.sample_size) * self.vae_factor
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which the networks run. float32 means none."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """z = s E(x): pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H/f, W/f], the posterior's mean."""
@@ -191,6 +208,17 @@ class Checkpoint:
             embeds = self.text_encoder(ids.flatten(0, 1).to(self.device)).last_hidden_state
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]
 
+    def encode_apart(self, prompts: Sequence[str]) -> Tensor:
+        """T(c) of each prompt alone, so that none depends on the others: [B, chunks x max_length, width].
+
+        Raises ValueError for prompts that differ in their number of chunks.
+        """
+        embeds = [self.encode_prompts([prompt]) for prompt in prompts]
+        if len({e.shape for e in embeds}) > 1:
+            chunks = [e.shape[1] // int(self.tokenizer.model_max_length) for e in embeds]
+            raise ValueError(f"the prompts of one batch have equally many chunks of tokens, but these have {chunks}")
+        return torch.cat(embeds)
+
     def token_positions(self, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
         """For each part prompt[start:end], the positions of its tokens in `encode_prompts([prompt])`."""
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -229,6 +257,34 @@ class Checkpoint:
         return F.normalize(features, dim=-1)
 
 
+def trained_bytes(model: str, adapter_rank: int | None) -> int:
+    """What the weights that stage 2 trains take in float32, which is what a kept fit takes, about.
+
+    Reads the UNet's configuration only. Raises ModelError if there is none.
+    """
+    source, commit = resolve(model)
+    try:
+        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=commit)
+    except OSError as error:
+        raise ModelError(f"cannot load {model!r}: {error}") from error
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+    trained = trainable_copy(unet, adapter_rank, [torch.Generator()])
+    return sum(4 * parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+
+
+@contextmanager
+def recomputing(*networks: AutoencoderKL | UNet2DConditionModel) -> Iterator[None]:
+    """Graphs that are built here keep nothing inside the networks' blocks: the backward pass computes them again."""
+    for network in networks:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.disable_gradient_checkpointing()
+
+
 def pad_embeds(e: Tensor, e_empty: Tensor, num_tokens: int) -> Tensor:
     """Embeds [B, n, width] padded to `num_tokens` with the empty prompt's `e_empty` [1, one chunk, width]."""
     num_chunks = (num_tokens - e.shape[1]) // e_empty.shape[1]
@@ -242,21 +298,43 @@ def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> Tensor:
     return ids
 
 
+def compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, by torch's name or as text; "auto" is bfloat16 on a GPU that has it, else float32.
+
+    Raises ValueError for any other, with the reason.
+    """
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name == "float16":
+        raise ValueError(
+            "dtype float16: Stable Diffusion's VAE overflows in it, and small gradients vanish without loss scaling; "
+            "give bfloat16, which has the range of float32"
+        )
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r}: give auto, float32 or bfloat16")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
 def load_checkpoint(
     model: str,
     *,
     clip: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
 ) -> Checkpoint:
     """Load a checkpoint and its guidance CLIP.
 
     model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may be a bundled one too.
-    revision: what `identify(model)` gave, for instance in the process that planned a run: a folder is then not
-    hashed again. Raises ModelError if a model is missing, not pinned, not at `revision`, or of an architecture
-    that we do not serve.
+    dtype: as `compute_dtype` takes it. revision: what `identify(model)` gave, for instance in the process that
+    planned a run: a folder is then not hashed again. Raises ModelError if a model is missing, not pinned, not at
+    `revision`, or of an architecture that we do not serve, and ValueError for an unknown dtype.
     """
+    device = torch.device(device)
+    dtype = compute_dtype(dtype, device)
     source, commit = resolve(model)
     transformers_logging.disable_progress_bar()  # for copying weights; downloads keep theirs
     try:
@@ -265,11 +343,15 @@ def load_checkpoint(
         if kind != "StableDiffusionPipeline":
             known = "only StableDiffusionPipeline checkpoints (Stable Diffusion 1.x and 2.x) are served"
             raise ModelError(f"{model!r} is {kind}, but {known}: later ones need a second text encoder and more")
-        common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "torch_dtype": torch.float32}
+        variant = _variant_to_load(source)
+        common: dict[str, Any] = {"revision": commit, "variant": variant, "use_safetensors": True}
+        common["torch_dtype"] = dtype
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
-        text: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-        text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", revision=commit, **text)
+        text: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+        text_encoder = CLIPTextModel.from_pretrained(
+            source, subfolder="text_encoder", revision=commit, variant=variant, **text
+        )
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=commit)
 
@@ -284,7 +366,6 @@ def load_checkpoint(
         channels = f"{unet.config.in_channels} input channels for latents with {vae.config.latent_channels}"
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     model_id, model_revision = identify(model, revision)
-    device = torch.device(device)
     color_prior = load(ColorPrior, beside) if (beside := Path(source, "color_prior")).is_dir() else None
     noun_regions = load(NounRegions, beside) if (beside := Path(source, "noun_regions")).is_dir() else None
     for module in filter(None, (vae, unet, text_encoder, clip_model, color_prior, noun_regions)):

@@ -10,26 +10,30 @@ Symbols as in `docs/method.md`:
 [P] marks what is the paper's, [A] its author's prototype's, [O] ours.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.adapters import trainable_copy
+from diffcolor_core.adapters import fitted_copies, trainable_copy
 from diffcolor_core.alignment import align_chroma
 from diffcolor_core.config import Settings
-from diffcolor_core.diffusion import add_noise, clean_estimate, training_target
+from diffcolor_core.diffusion import clean_estimate, training_target
 from diffcolor_core.images import gray_input
-from diffcolor_core.models import Checkpoint
+from diffcolor_core.models import Checkpoint, recomputing
+from diffcolor_core.optimising import Photograph, mse_of_each, noised, optimise
 from diffcolor_core.progress import Progress
 from diffcolor_core.sampling import generate
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Embeds of the texts: T(c) [1, tokens, width], f_T(c) [1, d] and f_T(c_k^-) [K, d]."""
+    """Embeds of the texts: T(c) [N, tokens, width] and f_T(c) [N, d] of each photograph, f_T(c_k^-) [K, d]."""
 
     context: Tensor
     positive: Tensor
@@ -49,55 +53,58 @@ class Prior:
 
 
 def colorize_with_prior(
-    checkpoint: Checkpoint,
-    lightness: Tensor,
-    context_prompt: str,
-    settings: Settings,
-    generator: torch.Generator,
-    progress: Progress,
-) -> Prior:
+    checkpoint: Checkpoint, photographs: Sequence[Photograph], settings: Settings, progress: Progress
+) -> list[Prior]:
     """Fine-tune a copy of the UNet under CLIP's guidance, sample from the noised gray latent, align.
 
-    lightness: [1, h, w], 0..100, at working size. The checkpoint's own weights are not changed.
+    photographs: one, or several of one shape whose prompts have equally many chunks, each with an adapter of its
+    own. The checkpoint's own weights are not changed. Raises ValueError for several without adapters.
     """
     stage1 = settings.stage1
+    prompts, generators = [p.context_prompt for p in photographs], [p.generator for p in photographs]
 
     # 1. z = s E(x_gray), and the embeddings of all texts
-    z = checkpoint.encode(gray_input(lightness)[None].to(checkpoint.device))  # [1, C, h/f, w/f]
+    z = torch.cat([checkpoint.encode(gray_input(p.lightness)[None].to(checkpoint.device)) for p in photographs])
     texts = Texts(
-        checkpoint.encode_prompts([context_prompt]),
-        checkpoint.clip_text_features([context_prompt]),
+        checkpoint.encode_apart(prompts),
+        torch.cat([checkpoint.clip_text_features([c]) for c in prompts]),
         checkpoint.clip_text_features(stage1.anti_color_prompts),
     )
 
     # 2. N1 steps on equation (3)
-    unet = trainable_copy(checkpoint.unet, stage1.adapter_rank, generator)
-    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=stage1.learning_rate)
-    losses: dict[str, list[float]] = {"contrastive": [], "diffusion": []}
-    for step in range(stage1.num_steps):
-        loss, contrastive, diffusion = prior_loss(checkpoint, unet, z, texts, settings, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses["contrastive"].append(contrastive.item())
-        losses["diffusion"].append(diffusion.item())
-        progress("stage 1", step + 1, stage1.num_steps)
+    def flat(losses: dict[str, list[float]]) -> bool:
         recent = losses["contrastive"][-5:]
-        if stage1.contrastive_weight > 0 and len(recent) == 5 and sum(recent) / 5 < stage1.stop_below:
-            break
-    unet.requires_grad_(False)
+        return stage1.contrastive_weight > 0 and len(recent) == 5 and sum(recent) / 5 < stage1.stop_below
+
+    trained = trainable_copy(checkpoint.unet, stage1.adapter_rank, generators)
+    losses = optimise(
+        [p for p in trained.parameters() if p.requires_grad],
+        stage1.learning_rate,
+        stage1.num_steps,
+        lambda: prior_loss(checkpoint, trained, z, texts, settings, generators),
+        ("contrastive", "diffusion"),
+        generators,
+        partial(progress, "stage 1"),
+        flat,
+    )
 
     # 3. z_T by forward diffusion of z [P] or of the colour prior's picture [O], K-step DDIM under c, x_pri = D(z)
-    if settings.color_prior:
-        expected = checkpoint.prior_chroma(lightness, ["", context_prompt]).mean(dim=0, keepdim=True)
-        z = checkpoint.encode_colored(lightness, expected)
     strength = settings.sampling.strength if stage1.strength is None else stage1.strength
     sampling = settings.sampling.model_copy(update={"strength": strength})
-    generated = generate(checkpoint, unet, z, texts.context, lightness, sampling, generator)[0]
+    priors = []
+    for i, unet in enumerate(fitted_copies(trained, checkpoint.unet, stage1.adapter_rank, len(photographs))):
+        lightness, prompt, generator = photographs[i]
+        start = z[i : i + 1]
+        if settings.color_prior:
+            expected = checkpoint.prior_chroma(lightness, ["", prompt]).mean(dim=0, keepdim=True)
+            start = checkpoint.encode_colored(lightness, expected)
+        context = texts.context[i : i + 1]
+        generated = generate(checkpoint, unet, start, context, lightness, sampling, generator)[0]
 
-    # 4. equation (4): x_pri aligned to x_gray
-    chroma = align_chroma(checkpoint, lightness, generated, settings.alignment, generator)
-    return Prior(chroma, generated, losses)
+        # 4. equation (4): x_pri aligned to x_gray
+        chroma = align_chroma(checkpoint, lightness, generated, settings.alignment, generator)
+        priors.append(Prior(chroma, generated, losses[i]))
+    return priors
 
 
 def prior_loss(
@@ -106,34 +113,39 @@ def prior_loss(
     z: Tensor,
     texts: Texts,
     settings: Settings,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(3) L = w_con L_con + w_diff L_diff for one draw of `batch_size` timesteps and noises: L, L_con, L_diff."""
+    """(3) L = w_con L_con + w_diff L_diff for `batch_size` draws of t and eps: L, L_con, L_diff of each photograph.
+
+    z: [N, C, h/f, w/f]. The results are [N].
+    """
     stage1, schedule = settings.stage1, checkpoint.scheduler
     num_timesteps = round(len(schedule.alphas_cumprod) * stage1.max_timestep)
-    t = torch.randint(num_timesteps, (settings.batch_size,), generator=generator).to(z.device)
-    eps = torch.randn((settings.batch_size, *z.shape[1:]), generator=generator).to(z)
-    z = z.expand_as(eps)
-    z_t = add_noise(schedule, z, eps, t)
-    context = texts.context.expand(settings.batch_size, -1, -1)
-    output = checkpoint.predict(unet, z_t, t, context)
+    draws = noised(schedule, z, settings.batch_size, num_timesteps, generators)
+    context = texts.context.repeat_interleave(settings.batch_size, dim=0)
+    with recomputing(unet, checkpoint.vae) if stage1.recompute else nullcontext():
+        output = checkpoint.predict(unet, draws.z_t, draws.t, context)
+        z_0, _ = clean_estimate(schedule, draws.z_t, draws.t, output)
+        x_0 = checkpoint.decode(z_0) if stage1.contrastive_weight > 0 else None  # x0^, [N * B, 3, h, w]
 
     # (2) L_diff: distance to the drawn noise [P] or to the frozen model's own prediction [O]
     if stage1.diffusion_target == "noise":
-        target = training_target(schedule, z, eps, t)
+        target = training_target(schedule, draws.z, draws.eps, draws.t)
     else:
         with torch.no_grad():
-            target = checkpoint.predict(checkpoint.unet, z_t, t, context)
-    diffusion = F.mse_loss(output, target)
-    if stage1.contrastive_weight == 0:
-        return stage1.diffusion_weight * diffusion, torch.zeros(()), diffusion
+            target = checkpoint.predict(checkpoint.unet, draws.z_t, draws.t, context)
+    diffusion = mse_of_each(output, target, len(z))
+    if x_0 is None:
+        return stage1.diffusion_weight * diffusion, torch.zeros(len(z)), diffusion
 
     # (1) L_con: CLIP on the one-step clean estimate, and on views of it [O]
-    z_0, _ = clean_estimate(schedule, z_t, t, output)
-    x_0 = checkpoint.decode(z_0)  # [B, 3, h, w]
-    views = [x_0, *random_views(x_0, stage1.num_views, generator)]
-    image = torch.cat([checkpoint.clip_image_features(view) for view in views])  # [B * (1 + views), d]
-    contrastive = contrastive_loss(image, texts.positive, texts.negatives, stage1.temperature)
+    pictures = zip(checkpoint.clip_image_features(x_0).chunk(len(z)), x_0.chunk(len(z)), generators, strict=True)
+    seen = [  # [B * (1 + views), d] for each photograph
+        torch.cat([features, *map(checkpoint.clip_image_features, random_views(x, stage1.num_views, generator))])
+        for features, x, generator in pictures
+    ]
+    rows = zip(seen, texts.positive.split(1), strict=True)
+    contrastive = torch.stack([contrastive_loss(f, own, texts.negatives, stage1.temperature) for f, own in rows])
     loss = stage1.contrastive_weight * contrastive + stage1.diffusion_weight * diffusion
     return loss, contrastive, diffusion
 

@@ -11,7 +11,7 @@ Symbols as in `docs/method.md`:
 (`fit_in_context`), steps 4 and 5 for every target prompt (`recolor`), without any fine-tuning.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from diffcolor_core.adapters import trainable_copy
+from diffcolor_core.adapters import fitted_copies, trainable_copy
 from diffcolor_core.alignment import align_chroma
 from diffcolor_core.color_terms import (
     ColoredPhrase,
@@ -33,10 +32,11 @@ from diffcolor_core.color_terms import (
     without_colors,
 )
 from diffcolor_core.config import Settings
-from diffcolor_core.diffusion import add_noise, training_target
+from diffcolor_core.diffusion import training_target
 from diffcolor_core.edges import propagate
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import Checkpoint, pad_embeds
+from diffcolor_core.optimising import Photograph, mse_of_each, noised, optimise
 from diffcolor_core.progress import Progress
 from diffcolor_core.prompts import noun_phrases
 from diffcolor_core.regions import RegionalPrompts, named_regions, noun_text, phrase_regions
@@ -45,6 +45,10 @@ from diffcolor_core.steering import steered_to
 
 MAX_BATCH = 8
 """Pictures that are generated at a time."""
+
+
+Losses = list[dict[str, list[float]]]
+"""Of each photograph, by name, one a step."""
 
 
 class InContextFit(NamedTuple):
@@ -58,46 +62,50 @@ class InContextFit(NamedTuple):
 
 def fit_in_context(
     checkpoint: Checkpoint,
-    lightness: Tensor,
-    chroma: Tensor,
-    context_prompt: str,
+    photographs: Sequence[Photograph],
+    chromas: Sequence[Tensor],
     settings: Settings,
-    generator: torch.Generator,
     progress: Progress,
-) -> InContextFit:
-    """Fit an embedding and a copy of the base UNet to the primary x^_pri.
+) -> list[InContextFit]:
+    """Fit an embedding and a copy of the base UNet to each primary x^_pri.
 
-    lightness: [1, h, w], the scan's. chroma: [2, h, w], the primary's. The checkpoint's own weights are not
-    changed. Raises ValueError for a prompt with more noun phrases than there are identifiers.
+    photographs: one, or several as for stage 1. chromas: [2, h, w] of their primaries. The checkpoint's own weights
+    are not changed. Raises ValueError for a prompt with more noun phrases than there are identifiers, and for
+    several photographs without adapters.
     """
-    stage2 = settings.stage2
-    z = checkpoint.encode_colored(lightness, chroma[None])  # [1, C, h/f, w/f]
+    stage2, generators = settings.stage2, [p.generator for p in photographs]
+    latents = [checkpoint.encode_colored(p.lightness, c[None]) for p, c in zip(photographs, chromas, strict=True)]
+    z = torch.cat(latents)  # [N, C, h/f, w/f]
 
     # 1. c' from c: one identifier for every noun phrase
-    rewritten = context_prompt
+    rewritten = [p.context_prompt for p in photographs]
     if stage2.use_identifiers:
-        used = set(context_prompt.lower().split())
-        tokens = [token for token in rare_tokens(checkpoint.tokenizer, 100) if token not in used]
-        rewritten = insert_identifiers(context_prompt, tokens)
+        rare = rare_tokens(checkpoint.tokenizer, 100)
+        unused = [[token for token in rare if token not in c.lower().split()] for c in rewritten]
+        rewritten = [insert_identifiers(c, tokens) for c, tokens in zip(rewritten, unused, strict=True)]
 
     # 2. (5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen
-    e_opt = checkpoint.encode_prompts([rewritten]).requires_grad_(True)
+    e_opt = checkpoint.encode_apart(rewritten).requires_grad_(True)
 
-    def loss_of(unet: UNet2DConditionModel) -> Tensor:
-        return reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generator)
+    def minimise(name: str, unet: UNet2DConditionModel, trained: list[Tensor], rate: float, num_steps: int) -> Losses:
+        def losses_of() -> tuple[Tensor]:
+            return (reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generators),)
 
-    rate, num_steps = stage2.embedding_learning_rate, stage2.embedding_steps
-    told = partial(progress, "stage 2, embedding")
-    embedding_losses = minimise(lambda: loss_of(checkpoint.unet), [e_opt], rate, num_steps, told)
+        told = partial(progress, f"stage 2, {name}")
+        return optimise(trained, rate, num_steps, losses_of, (name,), generators, told)
+
+    of_embedding = minimise(
+        "embedding", checkpoint.unet, [e_opt], stage2.embedding_learning_rate, stage2.embedding_steps
+    )
     e_opt.requires_grad_(False)
 
     # 3. (6) theta = argmin E ||eps - eps_theta(z_t, t, e_opt)||^2, from the base UNet, not from stage 1's [O]
-    unet = trainable_copy(checkpoint.unet, stage2.adapter_rank, generator)
+    unet = trainable_copy(checkpoint.unet, stage2.adapter_rank, generators)
     trained = [p for p in unet.parameters() if p.requires_grad]
-    rate, num_steps = stage2.model_learning_rate, stage2.model_steps
-    model_losses = minimise(lambda: loss_of(unet), trained, rate, num_steps, partial(progress, "stage 2, model"))
-    unet.requires_grad_(False)
-    return InContextFit(rewritten, e_opt.cpu(), unet, {"embedding": embedding_losses, "model": model_losses})
+    of_model = minimise("model", unet, trained, stage2.model_learning_rate, stage2.model_steps)
+    fitted = fitted_copies(unet, checkpoint.unet, stage2.adapter_rank, len(photographs))
+    losses = [one | two for one, two in zip(of_embedding, of_model, strict=True)]
+    return [InContextFit(*made) for made in zip(rewritten, e_opt.cpu().split(1), fitted, losses, strict=True)]
 
 
 def rare_tokens(tokenizer: CLIPTokenizer, count: int) -> list[str]:
@@ -135,36 +143,17 @@ def reconstruction_loss(
     unet: UNet2DConditionModel,
     z: Tensor,
     prompt_embeds: Tensor,
-    batch_size: int,
-    generator: torch.Generator,
+    num_draws: int,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """||eps - eps_theta(z_t, t, e)||^2, the mean over `batch_size` draws of t and eps: the loss of (5) and (6)."""
-    t = torch.randint(len(checkpoint.scheduler.alphas_cumprod), (batch_size,), generator=generator).to(z.device)
-    eps = torch.randn((batch_size, *z.shape[1:]), generator=generator).to(z)
-    z = z.expand_as(eps)
-    z_t = add_noise(checkpoint.scheduler, z, eps, t)
-    output = checkpoint.predict(unet, z_t, t, prompt_embeds.expand(batch_size, -1, -1))
-    return F.mse_loss(output, training_target(checkpoint.scheduler, z, eps, t))
+    """||eps - eps_theta(z_t, t, e)||^2, the mean over `num_draws` of t and eps for each photograph: [N].
 
-
-def minimise(
-    loss_of: Callable[[], Tensor],
-    parameters: Iterable[Tensor],
-    learning_rate: float,
-    num_steps: int,
-    progress: Callable[[int, int], None],
-) -> list[float]:
-    """Take `num_steps` of Adam on the parameters. Returns the loss before each."""
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    losses = []
-    for step in range(num_steps):
-        loss = loss_of()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        progress(step + 1, num_steps)
-    return losses
+    The loss of (5) and (6). z: [N, C, h/f, w/f]. prompt_embeds: [N, tokens, width].
+    """
+    schedule = checkpoint.scheduler
+    draws = noised(schedule, z, num_draws, len(schedule.alphas_cumprod), generators)
+    output = checkpoint.predict(unet, draws.z_t, draws.t, prompt_embeds.repeat_interleave(num_draws, dim=0))
+    return mse_of_each(output, training_target(schedule, draws.z, draws.eps, draws.t), len(z))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Checkpoints with random weights, saved by diffusers itself: a tiny one and the published architectures."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from diffcolor_training.parts import build_tokenizer, save_model_index
 
@@ -72,55 +72,96 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
     return folder
 
 
-def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int = 0) -> Path:
-    """Write Stable Diffusion `version` ("1.5": epsilon, 512 px; "2.1": v-prediction, 768 px) to `folder`.
+class Networks(NamedTuple):
+    """The networks of a checkpoint. A second text encoder is not among them: it does not count beside the UNet."""
 
-    Configurations as published with Stable Diffusion and OpenAI's CLIP ViT-B/32. scale: 1 gives the
-    true sizes; less reduces every width and keeps the depth. The tokenizer is ours, because CLIP's
-    vocabulary is not available here.
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    clip: CLIPModel
+
+
+def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> Networks:
+    """Networks with random weights, configured as Stable Diffusion `version` and CLIP ViT-B/32 were published.
+
+    version: "1.5" (epsilon, 512 px), "2.1" (v-prediction, 768 px) or "xl" (epsilon, 1024 px). scale: 1 gives the true
+    sizes; less reduces every width and keeps the depth. Under `torch.device("meta")` they take no memory.
     """
 
     def width(full: int) -> int:
         return max(16, int(full * scale) // 16 * 16)
 
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(["a red ball and a blue box on a table before a wall"])
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    second = version == "2.1"
+    full_size, second, xl = scale == 1, version == "2.1", version == "xl"
     text_width = width(1024 if second else 768)
-    blocks = tuple(width(full) for full in (320, 640, 1280, 1280))
-    UNet2DConditionModel(
-        sample_size=96 if second else 64,
-        block_out_channels=blocks,
-        cross_attention_dim=text_width,
-        attention_head_dim=(5, 10, 20, 20) if second and scale == 1 else 8 if scale == 1 else 2,
-        use_linear_projection=second,
-        norm_num_groups=32 if scale == 1 else 8,
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
+    size_px = {"1.5": 512, "2.1": 768, "xl": 1024}[version]
+    own: dict[str, Any] = {"attention_head_dim": 8 if full_size else 2}
+    if second and full_size:
+        own = {"attention_head_dim": (5, 10, 20, 20)}
+    if xl:
+        own = {
+            "attention_head_dim": (5, 10, 20) if full_size else 2,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        }
+    unet = UNet2DConditionModel(
+        sample_size=size_px // 8,
+        block_out_channels=tuple(width(full) for full in ((320, 640, 1280) if xl else (320, 640, 1280, 1280))),
+        cross_attention_dim=width(2048) if xl else text_width,
+        use_linear_projection=second or xl,
+        norm_num_groups=32 if full_size else 8,
+        **own,
+    )
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=tuple(width(full) for full in (128, 256, 512, 512)),
         layers_per_block=2,
         latent_channels=4,
-        norm_num_groups=32 if scale == 1 else 8,
-        sample_size=768 if second else 512,
-    ).save_pretrained(folder / "vae")
+        norm_num_groups=32 if full_size else 8,
+        sample_size=size_px,
+        scaling_factor=0.13025 if xl else 0.18215,
+    )
     text = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=text_width,
         intermediate_size=4 * text_width,
         num_hidden_layers=23 if second else 12,
-        num_attention_heads=(16 if second else 12) if scale == 1 else 2,
+        num_attention_heads=(16 if second else 12) if full_size else 2,
         hidden_act="gelu" if second else "quick_gelu",
-        **special,
+        **special_tokens,
     )
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    heads = {"num_attention_heads": 8 if full_size else 2}
+    clip_text = {"hidden_size": width(512), "intermediate_size": 4 * width(512), "vocab_size": 49408, **heads}
+    vision = {"hidden_size": width(768), "intermediate_size": 4 * width(768)}
+    vision |= {"num_attention_heads": 12 if full_size else 2}
+    text_encoder = CLIPTextModel(text)
+    clip = CLIPConfig(text_config=clip_text | special_tokens, vision_config=vision, projection_dim=width(512))
+    return Networks(unet, vae, text_encoder, CLIPModel(clip))
+
+
+def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int = 0) -> Path:
+    """Write Stable Diffusion `version` as `build_networks` makes it ("1.5" or "2.1") to `folder`.
+
+    The tokenizer is ours, because CLIP's vocabulary is not available here.
+    """
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(["a red ball and a blue box on a table before a wall"])
+    networks = build_networks(
+        version,
+        scale,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for name, network in networks._asdict().items():
+        network.save_pretrained(folder / name)
+    for name in ("tokenizer", "clip"):
+        tokenizer.save_pretrained(folder / name)
+    CLIPImageProcessor().save_pretrained(folder / "clip")
     DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -128,20 +169,7 @@ def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int 
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="v_prediction" if second else "epsilon",
+        prediction_type="v_prediction" if version == "2.1" else "epsilon",
     ).save_pretrained(folder / "scheduler")
     save_model_index(folder)
-    _save_vit_b_32(folder / "clip", width, scale, tokenizer, special)
     return folder
-
-
-def _save_vit_b_32(
-    folder: Path, width: Callable[[int], int], scale: float, tokenizer: CLIPTokenizer, special: dict[str, int]
-) -> None:
-    heads = {"num_attention_heads": 8 if scale == 1 else 2}
-    text = {"hidden_size": width(512), "intermediate_size": 4 * width(512), "vocab_size": 49408, **heads, **special}
-    vision = {"hidden_size": width(768), "intermediate_size": 4 * width(768)}
-    vision |= {"num_attention_heads": 12 if scale == 1 else 2}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width(512))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor().save_pretrained(folder)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tasks.colorize import ImageWorker
+from tasks.errors import AcceleratorFaultError
 from tasks.local_ray import local_ray
 from tasks.options import MachineOptions
 from tasks.records import PlannedImage, RunConfig
@@ -59,7 +60,10 @@ class PooledActor:
         self.given_up = False
 
     def colorize(self, planned: PlannedImage, timeout_seconds: float, smaller_because: str | None) -> list[Row]:
-        """The image's rows. Raises ActorGoneError, or Ray's RayTaskError with the error that the actor raised."""
+        """The image's rows. Raises ActorGoneError, or Ray's RayTaskError with the error that the actor raised.
+
+        An actor whose GPU has failed counts as gone: its process ends when it is next asked whether it is ready.
+        """
         import ray
 
         try:
@@ -67,6 +71,10 @@ class PooledActor:
         except ray.exceptions.GetTimeoutError:
             ray.kill(self.handle, no_restart=False)
             raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)") from None
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, AcceleratorFaultError):
+                raise
+            raise ActorGoneError(f"its GPU failed: {error.cause}") from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             reason = str(error).strip().partition("\n")[0]
             out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)

@@ -13,7 +13,7 @@ import torch
 
 from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read_scan
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
-from tasks.errors import InvalidKeyError, OversizeError, UnsafeFileError
+from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
 from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
@@ -29,16 +29,25 @@ class ImageWorker:
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self.config = config
+        self.config, self._gpu_failed = config, False
         self.archive, self.output = Store(config.options.archive), Store(config.options.output)
         self.pipe = DiffColor.from_pretrained(
-            config.options.model, settings=config.settings, device=config.device, revision=config.model_revision
+            config.options.model,
+            settings=config.settings,
+            device=config.device,
+            dtype=config.options.dtype,
+            revision=config.model_revision,
         )
 
     def ready(self) -> str:
-        """Answers once the model is loaded: the id of the Ray node, if there is one."""
+        """Answers once the model is loaded: the id of the Ray node, if there is one.
+
+        A process whose GPU has failed ends here. Ray then starts the actor again and asks the new process.
+        """
         import ray
 
+        if self._gpu_failed:
+            os._exit(1)
         return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
@@ -46,9 +55,11 @@ class ImageWorker:
 
         Work that was done before on the same bytes under another name or date is adopted, not done
         again. Where memory runs out, a smaller working size is tried once, and recorded; at once if
-        `smaller_because` says why.
+        `smaller_because` says why. Raises AcceleratorFaultError if the process is of no more use.
         """
         started_at = datetime.now(UTC)
+        if self.pipe.checkpoint.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.pipe.checkpoint.device)
         try:
             data = self.archive.read(planned.work.image_key, max_bytes=MAX_FILE_BYTES)
         except (InvalidKeyError, UnsafeFileError, OversizeError) as error:
@@ -81,6 +92,11 @@ class ImageWorker:
             return adopted + self._colorize(planned, scan, smaller, shared)
         except ValueError as error:  # an unreadable image, a prompt that cannot be used
             return adopted + error_rows(self.config, planned, "quarantined", error, shared)
+        except RuntimeError as error:
+            if _is_accelerator_fault(error):
+                self._gpu_failed = True
+                raise AcceleratorFaultError(str(error).strip().partition("\n")[0]) from error
+            raise
 
     def _adopt(self, planned: PlannedImage, shared: Row) -> tuple[list[Row], PlannedImage]:
         """Rows of the variants that an earlier row answers, and what is left of the plan."""
@@ -144,7 +160,7 @@ class ImageWorker:
         Without targets and without a place to keep it, the fit stops after stage 1.
         """
         seed = self.config.options.seed
-        if not self.config.options.keep_fits or "fallback" in shared:
+        if self.config.options.keep_fits is False or "fallback" in shared:
             fit = pipe.fit(scan, context_prompt, seed=seed, primary_only=not has_targets)
             return fit, {"fit_reused": False}
         folder = fit_folder(shared["input_sha256"], self.config.fit_sha256(context_prompt))
@@ -189,6 +205,7 @@ class ImageWorker:
                 "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "device_name": device_name(self.pipe.checkpoint.device),
+                "dtype": str(self.pipe.checkpoint.dtype).removeprefix("torch."),
                 "peak_memory_bytes": peak_memory_bytes(self.pipe.checkpoint.device),
                 "node": socket.gethostname(),
                 "finished_at": datetime.now(UTC),
@@ -205,7 +222,15 @@ def smaller_pipe(pipe: DiffColor) -> DiffColor:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch has an exception of its own for the GPU, and a RuntimeError with these words for the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _is_accelerator_fault(error: RuntimeError) -> bool:
+    """An error of CUDA or of its libraries other than a lack of memory: the process's CUDA context is lost."""
+    words = ("CUDA error", "cuDNN error", "CUDA driver error")
+    known = isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words)
+    return known and not _is_out_of_memory(error)
 
 
 def device_name(device: torch.device) -> str:

@@ -25,6 +25,10 @@ class LeaseLostError(RuntimeError):
     """A later run has taken this run for dead and has taken over."""
 
 
+class AcceleratorFaultError(RuntimeError):
+    """The GPU has failed in a way that leaves its process unusable: every later call there would fail too."""
+
+
 class ManifestError(ValueError):
     """A manifest that cannot be read, or a query that it does not answer."""
 

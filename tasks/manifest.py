@@ -117,7 +117,10 @@ _COLUMNS = (
     _Column("total_seconds", pa.float64(), "The fit and this variant, with assembly, metrics and writing.", "s"),
     _Column("device_name", pa.string(), "Name of the GPU, or the processor."),
     _Column(
-        "peak_memory_bytes", pa.int64(), "Peak GPU memory; on a CPU, the actor's peak resident memory so far.", "B"
+        "peak_memory_bytes",
+        pa.int64(),
+        "Peak GPU memory; on a CPU, the actor's peak resident memory so far.",
+        "B",
     ),
     _Column("node", pa.string(), "Host name of the machine."),
     _Column("started_at", _TIME, "When work on the image began.", nullable=False),
@@ -141,6 +144,7 @@ _COLUMNS = (
         since=4,
     ),
     _Column("context_is_generic", pa.bool_(), "Nobody said what is in the picture: c is the generic prompt.", since=5),
+    _Column("dtype", pa.string(), "What the networks computed in: float32 or bfloat16.", since=5),
 )
 
 _CHOICE_COLUMNS = (

@@ -61,11 +61,15 @@ class PictureOptions(_Options):
     """Write a small lossy copy beside each picture."""
     seed: int = 0
     """Seed of every random draw. The same seed gives the same pixels on the same hardware and number of threads."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the networks compute in. `auto` takes bfloat16 on GPUs that have it, else float32. What is trained stays
+    float32. There is no float16: Stable Diffusion's VAE overflows in it, and small gradients vanish."""
     overrides: dict[str, Any] | None = None
     """Settings that differ from the preset's, by path: `stage2.adapter_rank=4`."""
-    keep_fits: bool = True
+    keep_fits: bool | None = None
     """Keep each fit in `OUTPUT/fits`, so that later prompts need no fitting. A fit is as large as the weights that were
-    trained: 3.4 GB for Stable Diffusion 1.5 with `paper`, a few megabytes with adapters."""
+    trained: 3.4 GB for Stable Diffusion 1.5 with `paper`, a few megabytes with adapters. By default fits of up to
+    256 MiB are kept."""
 
 
 class MachineOptions(_Options):

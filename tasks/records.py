@@ -72,11 +72,16 @@ class RunConfig:
     """Where the actors compute."""
     generation: int = 0
     """Number of the run on its output."""
+    fit_bytes: int = 0
+    """What a kept fit takes, about."""
 
     @cached_property
     def _fit_inputs(self) -> str:
         model = [self.model_id, self.model_revision]
-        return json.dumps([METHOD_VERSION, model, self.settings.sha256(), self.options.seed])
+        inputs = [METHOD_VERSION, model, self.settings.sha256(), self.options.seed]
+        if self.options.dtype != "auto":  # `auto` is like the GPU's own way to round: no part of the hash
+            inputs.append(self.options.dtype)
+        return json.dumps(inputs)
 
     def fit_sha256(self, context_prompt: str | None) -> str:
         """Hash of everything that shapes a fit besides the image itself."""

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tasks.planning import Plan
 
 
+MAX_UNASKED_FIT_BYTES = 256 * 2**20
+"""Larger fits are kept only if --keep-fits asks for it."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that can begin. plan: holds the catalog, and is filled once the output is this run's."""
@@ -53,20 +57,24 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
     whole_archive = isinstance(asked, RunOptions)
     required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
     with open_plan(read_catalog(source, options.catalog, required)) as plan:
-        from diffcolor_core.models import BUNDLES, identify  # slow: torch
+        from diffcolor_core.models import BUNDLES, identify, trained_bytes  # slow: torch
 
         # Like the addresses of the stores: actors, and a later `recolor`, may run in another folder.
         is_folder = options.model not in BUNDLES and os.path.isdir(options.model)
         model = os.path.abspath(options.model) if is_folder else options.model
         model_id, model_revision = identify(model)
-        addresses = {"archive": source.address, "output": target.address, "model": model}
+        fit_bytes = trained_bytes(model, settings.stage2.adapter_rank)
+        found: dict[str, str | bool] = {"archive": source.address, "output": target.address, "model": model}
+        if options.keep_fits is None:
+            found["keep_fits"] = fit_bytes <= MAX_UNASKED_FIT_BYTES
         config = RunConfig(
-            options=options.model_copy(update=addresses),
+            options=options.model_copy(update=found),
             run_id=options.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
             model_id=model_id,
             model_revision=model_revision,
             settings=settings,
             whole_archive=whole_archive,
+            fit_bytes=fit_bytes,
         )
         run = Run(asked, config, plan)
         token = _OPEN.set(run)

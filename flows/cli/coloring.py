@@ -20,6 +20,7 @@ from rich.progress import (
 from diffcolor_core.prompts import GENERIC_PROMPT
 from flows.cli.common import (
     DeviceOption,
+    DtypeOption,
     ModelOption,
     OutputArgument,
     PresetOption,
@@ -36,6 +37,7 @@ from flows.cli.common import (
 from flows.cli.options import checked, flag, overrides_of, with_flags
 from tasks.layout import REPORT_PAGE
 from tasks.options import RecolorOptions, RunOptions, flow_arguments
+from tasks.records import RunConfig
 
 BEFORE = "Before a run"
 """The panel of flags that only tell what a run would do."""
@@ -63,6 +65,7 @@ def colorize(
     set_: SetOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     image_format: Annotated[
         Literal["png", "tiff", "jpeg", "webp"],
         typer.Option("--format", help="`png` and `tiff` keep every bit; `jpeg` and `webp` are 8-bit access copies."),
@@ -89,7 +92,7 @@ def colorize(
     try:
         settings = settings_preset(preset or preset_for(model), overrides_of(set_))
         scan = read_scan(image)
-        pipe = DiffColor.from_pretrained(model, settings=settings, device=device_of(device))
+        pipe = DiffColor.from_pretrained(model, settings=settings, device=device_of(device), dtype=dtype)
     except (ValueError, OSError) as error:
         raise fail(error, 2) from error
     _warn_of_demo(model, str(image))
@@ -239,6 +242,7 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
         except (ValueError, OSError) as error:
             raise fail(error, 2) from error
         _warn_of_demo(run.config.options.model, run.config.options.archive)
+        _tell_size_of_fits(run.config)
         from flows.local_prefect import start_prefect
 
         try:
@@ -261,6 +265,15 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
         notes.print(f"to look at: {output.uri(REPORT_PAGE)}", markup=False, soft_wrap=True)
     if summary["quarantined"] or summary["failed"]:
         raise typer.Exit(3)
+
+
+def _tell_size_of_fits(config: RunConfig) -> None:
+    """Say what the fits will take, or why none are kept although nobody said so."""
+    size = f"{config.fit_bytes / 1e6:,.0f} MB"
+    if config.options.keep_fits:
+        notes.print(f"each image's fit takes {size} of the output; --no-keep-fits keeps none", highlight=False)
+    else:
+        notes.print(f"no fits are kept; with --keep-fits each image's takes {size}", highlight=False)
 
 
 def _warn_of_demo(model: str, scans: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ SeedOption = Annotated[int, flag("seed")]
 DeviceOption = Annotated[
     str, typer.Option(help="Where to compute: `auto` (a GPU if there is one), `cpu`, `cuda`, or one GPU: `cuda:1`.")
 ]
+DtypeOption = Annotated[Literal["auto", "float32", "bfloat16"], flag("dtype")]
 OutputArgument = Annotated[str, typer.Argument(help="The folder or URL that `diffcolor run` wrote to.")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no remarks.")

@@ -37,7 +37,7 @@ FRONT = ("What to colorize", "What to recolor")
 def flags_of(name: str, field: FieldInfo) -> tuple[str, ...]:
     """The flags of an option, such as ("--keep-fits/--no-keep-fits",)."""
     flag = f"--{name.replace('_', '-')}"
-    return FLAGS.get(name) or ((f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag),)
+    return FLAGS.get(name) or ((f"{flag}/--no-{flag[2:]}" if type_of(field)[0] is bool else flag),)
 
 
 def flag(name: str, *, of: type[BaseModel] = RunOptions, panel: str | None = None) -> Any:

@@ -20,7 +20,7 @@ variable before the file, and the file before the default.
 Deployments see flow parameters only. The options of the first group are parameters of their own, all others are fields
 of the parameter `options`. The command `recolor` and the flow `recolor-archive` take the groups *Machines*,
 *Resuming and faults* and *Afterwards*. The commands `colorize` and `study` take `model`, `preset`, `seed`, `overrides`
-and `device`.
+and `device`, `colorize` also `dtype`.
 
 ```toml
 # {FILE}

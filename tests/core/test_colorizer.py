@@ -1,5 +1,7 @@
+import gc
 import hashlib
 import io
+import weakref
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -9,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import DiffColor, DivergedError, FitError, Picture, Scan, Settings, read_picture
+from diffcolor_core import DiffColor, DivergedError, FitError, Picture, Scan, Settings, colorizer, read_picture
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Stage1Settings, Stage2Settings
+from diffcolor_core.stage1 import colorize_with_prior
 from support.pictures import gray_picture
 
 QUICK = Settings(
@@ -248,3 +251,34 @@ def test_clip_sees_a_small_picture_of_the_same_shape(pipe, fit, monkeypatch, siz
     result.__dict__["image"] = Picture(np.full((*size, 3), 119, np.uint8))
     assert result.metrics["p99_abs_delta_l"] < 0.3
     assert shapes == [seen]
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "adapters"])
+def test_in_bfloat16_the_frozen_weights_are_small_and_the_trained_ones_are_not(tiny_folder, rank):
+    stages = {name: getattr(QUICK, name).model_copy(update={"adapter_rank": rank}) for name in ("stage1", "stage2")}
+    settings = QUICK.model_copy(update=stages)
+    pipes = [DiffColor.from_pretrained(str(tiny_folder), settings=settings, dtype=d) for d in ("bfloat16", "float32")]
+    fits = [pipe.fit(scan_bytes(40, 56), CONTEXT) for pipe in pipes]
+    networks = (pipes[0].checkpoint.unet, pipes[0].checkpoint.vae, pipes[0].checkpoint.clip)
+    assert {p.dtype for network in networks for p in network.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in fits[0].unet_state.values()} == {torch.float32}
+    for name, losses in fits[0].losses.items():
+        assert losses == pytest.approx(fits[1].losses[name], rel=0.1), name
+    chroma = [pipe.recolor(fit, TARGET).chroma for pipe, fit in zip(pipes, fits, strict=True)]
+    difference = (chroma[0] - chroma[1]).abs().mean()
+    assert 0 < float(difference) < 0.1 * float(chroma[1].abs().mean())
+
+
+def test_a_fit_frees_the_one_before_it(tiny_folder, monkeypatch):
+    pipe = DiffColor.from_pretrained(str(tiny_folder), settings=QUICK)
+    pipe.fit(scan_bytes(), CONTEXT)
+    before, alive = weakref.ref(pipe._last_fitted.unet), []
+
+    def watched(*arguments):
+        alive.append(before() is not None)
+        return colorize_with_prior(*arguments)
+
+    monkeypatch.setattr(colorizer, "colorize_with_prior", watched)
+    gc.collect()
+    pipe.fit(scan_bytes(), CONTEXT)
+    assert alive == [False]

@@ -28,6 +28,8 @@ def numbers(tensor: torch.Tensor) -> list[float]:
 def stage1(folder: Path) -> dict[str, list[float]]:
     from diffcolor_core.config import SamplingSettings, Settings, Stage1Settings
     from diffcolor_core.models import load_checkpoint
+    from diffcolor_core.optimising import Photograph
+    from diffcolor_core.progress import silent
     from diffcolor_core.stage1 import colorize_with_prior
 
     settings = Settings(
@@ -36,13 +38,16 @@ def stage1(folder: Path) -> dict[str, list[float]]:
         sampling=SamplingSettings(num_steps=5),
     )
     checkpoint, generator = load_checkpoint(str(folder)), torch.Generator().manual_seed(3)
-    prior = colorize_with_prior(checkpoint, gray_square(), "a ball on a table", settings, generator, lambda *_: None)
+    photograph = Photograph(gray_square(), "a ball on a table", generator)
+    [prior] = colorize_with_prior(checkpoint, [photograph], settings, silent)
     return {**prior.losses, "x_pri": numbers(prior.generated), "aligned": numbers(prior.chroma)}
 
 
 def stage2(folder: Path) -> dict[str, list[float]]:
     from diffcolor_core.config import SamplingSettings, Settings, Stage2Settings
     from diffcolor_core.models import load_checkpoint
+    from diffcolor_core.optimising import Photograph
+    from diffcolor_core.progress import silent
     from diffcolor_core.sampling import generate
     from diffcolor_core.stage2 import fit_in_context, interpolate
 
@@ -54,9 +59,8 @@ def stage2(folder: Path) -> dict[str, list[float]]:
     checkpoint, generator = load_checkpoint(str(folder)), torch.Generator().manual_seed(4)
     lightness = gray_square()
     chroma = torch.stack((lightness[0] - 50, 30 - lightness[0].T)) / 2
-    _, e_opt, unet, losses = fit_in_context(
-        checkpoint, lightness, chroma, "a ball on a table", settings, generator, lambda *_: None
-    )
+    photograph = Photograph(lightness, "a ball on a table", generator)
+    [(_, e_opt, unet, losses)] = fit_in_context(checkpoint, [photograph], [chroma], settings, silent)
     target = checkpoint.encode_prompts(["a red ball on a blue table"])
     e_alpha = interpolate(e_opt, target, checkpoint.encode_prompts([""]), 1.2)
     z = checkpoint.encode(torch.zeros(1, 3, 32, 32))

@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffcolor_core import models
+from diffcolor_core.adapters import fitted_state, trainable_copy
 from diffcolor_core.errors import ModelError
 from diffcolor_core.models import identify, load_checkpoint, resolve
 from diffcolor_core.prompts import noun_phrases
@@ -21,6 +23,22 @@ def test_hub_ids_come_with_a_pinned_revision():
             resolve(moving)
     with pytest.raises(ModelError, match="no model 'nonsense'"):
         resolve("nonsense")
+
+
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert models.compute_dtype("auto", cpu) == torch.float32
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert models.compute_dtype("auto", gpu) == dtype
+    assert models.compute_dtype("float32", gpu) == models.compute_dtype(torch.float32, gpu) == torch.float32
+    assert models.compute_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "int8"])
+def test_other_dtypes_are_refused_with_the_reason(tiny_folder, dtype):
+    with pytest.raises(ValueError, match="give auto, float32" if dtype == "int8" else "overflows in it"):
+        load_checkpoint(str(tiny_folder), dtype=dtype)
 
 
 def test_the_hub_is_asked_for_exactly_the_pinned_safetensors(monkeypatch):
@@ -181,3 +199,29 @@ def test_embeds_are_padded_with_the_empty_prompt(tiny_folder):
     e_empty = checkpoint.encode_prompts([""])
     torch.testing.assert_close(models.pad_embeds(short, e_empty, 3 * 77), long[:1])
     assert torch.equal(models.pad_embeds(short, e_empty, 77), short)
+
+
+def test_a_folder_in_fp16_loads_and_other_variants_do_not_change_what_a_folder_is(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    before = identify(str(folder))
+    plain = load_checkpoint(str(folder))
+    for name in ("unet", "vae", "text_encoder"):
+        (weights,) = (folder / name).glob("*.safetensors")
+        half = {key: tensor.half() for key, tensor in load_file(weights).items()}
+        save_file(half, weights.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    assert identify(str(folder)) == before
+    for name in ("unet", "vae", "text_encoder"):
+        next(path for path in (folder / name).glob("*.safetensors") if "fp16" not in path.name).unlink()
+    assert identify(str(folder)) != before
+    half = load_checkpoint(str(folder))
+    for ours, theirs in zip(half.unet.parameters(), plain.unet.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_size_of_a_fit_is_known_from_the_configuration(tiny_folder, rank):
+    checkpoint = load_checkpoint(str(tiny_folder))
+    state = fitted_state(trainable_copy(checkpoint.unet, rank, [torch.Generator()]), rank)
+    assert models.trained_bytes(str(tiny_folder), rank) == sum(4 * tensor.numel() for tensor in state.values())

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Settings, Stage1Settings
 from diffcolor_core.models import load_checkpoint
+from diffcolor_core.optimising import Photograph
 from diffcolor_core.stage1 import Texts, colorize_with_prior, contrastive_loss, prior_loss, random_views
 
 CONTEXT, ANTI_COLOR = "a ball on a table", ("a grayscale photograph", "a picture with scratches")
@@ -59,7 +60,7 @@ def test_the_loss_is_equation_3(tiny_folder, tiny_v_folder, trained, kind, targe
     texts = Texts(c, f_t[0][None], torch.stack(f_t[1:]))
     settings = Settings(batch_size=3, stage1=stage1)
     with torch.no_grad():
-        found = prior_loss(checkpoint, trained, z, texts, settings, torch.Generator().manual_seed(8))
+        found = prior_loss(checkpoint, trained, z, texts, settings, [torch.Generator().manual_seed(8)])
 
         draws = torch.Generator().manual_seed(8)
         timesteps = torch.randint(600, (3,), generator=draws).tolist()
@@ -92,7 +93,7 @@ def test_views_are_seen_besides_the_picture(checkpoint, trained):
     stage1 = Stage1Settings(temperature=0.05, num_views=2)
     with torch.no_grad():
         _, found, _ = prior_loss(
-            checkpoint, trained, z, texts, Settings(stage1=stage1), torch.Generator().manual_seed(8)
+            checkpoint, trained, z, texts, Settings(stage1=stage1), [torch.Generator().manual_seed(8)]
         )
         draws = torch.Generator().manual_seed(8)
         t, eps = torch.randint(1000, (1,), generator=draws), torch.randn(z.shape, generator=draws)
@@ -105,7 +106,7 @@ def test_views_are_seen_besides_the_picture(checkpoint, trained):
             for x in (x_0, *random_views(x_0, 2, draws))
         ]
     assert len(losses) == 3
-    torch.testing.assert_close(found, torch.stack(losses).mean())
+    torch.testing.assert_close(found[0], torch.stack(losses).mean())
 
 
 def test_a_view_is_a_crop_perhaps_mirrored():
@@ -131,14 +132,8 @@ def stage1(checkpoint, seed: int = 0, **changes):
     )
     lightness = torch.linspace(10, 90, 32).expand(1, 32, 32)
     seen = []
-    prior = colorize_with_prior(
-        checkpoint,
-        lightness,
-        CONTEXT,
-        settings,
-        torch.Generator().manual_seed(seed),
-        lambda *told: seen.append(told),
-    )
+    photograph = Photograph(lightness, CONTEXT, torch.Generator().manual_seed(seed))
+    [prior] = colorize_with_prior(checkpoint, [photograph], settings, lambda *told: seen.append(told))
     return prior, seen
 
 
@@ -152,13 +147,13 @@ def test_training_lowers_the_loss(checkpoint, trained):
 
     @torch.no_grad()
     def losses() -> list[float]:
-        return [float(x) for x in prior_loss(checkpoint, unet, z, texts, settings, torch.Generator().manual_seed(9))]
+        return [float(x) for x in prior_loss(checkpoint, unet, z, texts, settings, [torch.Generator().manual_seed(9)])]
 
     before = losses()
     optimizer, draws = torch.optim.Adam(unet.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
     for _ in range(10):
         optimizer.zero_grad()
-        prior_loss(checkpoint, unet, z, texts, settings, draws)[0].backward()
+        prior_loss(checkpoint, unet, z, texts, settings, [draws])[0].backward()
         optimizer.step()
     assert all(after < 0.99 * earlier for after, earlier in zip(losses(), before, strict=True))
 

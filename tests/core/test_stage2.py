@@ -8,6 +8,8 @@ from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Settings, Stage2Settings
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import load_checkpoint
+from diffcolor_core.optimising import Photograph
+from diffcolor_core.progress import silent
 from diffcolor_core.stage2 import (
     FittedModel,
     fit_in_context,
@@ -41,9 +43,8 @@ def fitted(checkpoint, **stage2) -> FittedModel:
     """A fit of 32 x 32 px whose primary has a smooth chroma."""
     chosen, ramp = settings(**stage2), torch.linspace(-20, 20, 32).expand(32, 32)
     lightness, primary = torch.linspace(20, 80, 32).expand(1, 32, 32), torch.stack((ramp, ramp.T))
-    made = fit_in_context(
-        checkpoint, lightness, primary, CONTEXT, chosen, torch.Generator().manual_seed(0), lambda *_: None
-    )
+    photograph = Photograph(lightness, CONTEXT, torch.Generator().manual_seed(0))
+    [made] = fit_in_context(checkpoint, [photograph], [primary], chosen, silent)
     fit = Fit(
         scan=None,
         scan_sha256="",
@@ -113,15 +114,9 @@ def test_identifiers_are_no_words_of_the_prompt(checkpoint):
     made = fitted(checkpoint, embedding_steps=0, model_steps=0)
     assert made.fit.rewritten_prompt == f"a {first} ball on a {second} table"
     context = f"a {first} on a {second.upper()} table"
-    made = fit_in_context(
-        checkpoint,
-        made.fit.lightness,
-        made.fit.primary,
-        context,
-        settings(embedding_steps=0, model_steps=0),
-        torch.Generator(),
-        lambda *_: None,
-    )
+    photograph = Photograph(made.fit.lightness, context, torch.Generator())
+    chosen = settings(embedding_steps=0, model_steps=0)
+    [made] = fit_in_context(checkpoint, [photograph], [made.fit.primary], chosen, silent)
     assert made.rewritten_prompt.split().count(first) == 1
     assert third in made.rewritten_prompt.split()
 
@@ -142,7 +137,7 @@ def test_the_loss_of_5_and_6_is_the_mean_squared_error(tiny_folder, tiny_v_folde
     z = torch.randn(1, 4, 8, 6, generator=torch.Generator().manual_seed(1))
     e = checkpoint.encode_prompts([CONTEXT])
     with torch.no_grad():
-        found = reconstruction_loss(checkpoint, checkpoint.unet, z, e, 3, torch.Generator().manual_seed(2))
+        found = reconstruction_loss(checkpoint, checkpoint.unet, z, e, 3, [torch.Generator().manual_seed(2)])
         draws = torch.Generator().manual_seed(2)
         timesteps = torch.randint(1000, (3,), generator=draws).tolist()
         squares = []
@@ -174,7 +169,7 @@ def test_both_steps_lower_the_loss_on_the_same_draws(checkpoint):
 
     @torch.no_grad()
     def loss(unet, e) -> float:
-        return float(reconstruction_loss(checkpoint, unet, z, e, 32, torch.Generator().manual_seed(1)))
+        return float(reconstruction_loss(checkpoint, unet, z, e, 32, [torch.Generator().manual_seed(1)]))
 
     start = loss(checkpoint.unet, checkpoint.encode_prompts([model.fit.rewritten_prompt]))
     after_embedding = loss(checkpoint.unet, model.fit.prompt_embeds)

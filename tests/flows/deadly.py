@@ -4,7 +4,7 @@ import os
 import threading
 from pathlib import Path
 
-from diffcolor_core import Fit
+from diffcolor_core import DiffColor, Fit, Scan
 from tasks import colorize
 from tasks.colorize import ImageWorker
 from tasks.records import PlannedImage, RunConfig
@@ -42,6 +42,24 @@ class HangingWorker(ImageWorker):
         if planned.work.image_key == "broken.jpg":
             threading.Event().wait()
         return super().colorize(planned, smaller_because)
+
+
+class FaultyAcceleratorWorker(ImageWorker):
+    """A GPU that fails once on "scan 1.png" and always on "scan 2.png"; after that nothing works in its process."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.poisoned = False
+
+    def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
+        if planned.work.image_key == "scan 1.png":
+            first_time = Path(f"{self.config.options.output}.fault")
+            self.poisoned |= not first_time.exists()
+            first_time.touch()
+        if self.poisoned or planned.work.image_key == "scan 2.png":
+            self.poisoned = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        return super()._colorize(planned, scan, pipe, shared)
 
 
 class SmallEyedWorker(ImageWorker):

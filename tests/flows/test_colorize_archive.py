@@ -269,6 +269,24 @@ def test_an_actor_that_cannot_be_started_is_left_out(small_archive, tiny_folder,
     assert "an actor cannot be started" in caplog.text
 
 
+def test_after_a_fault_of_the_gpu_its_process_ends_and_the_image_is_tried_again(
+    small_archive, tiny_folder, tmp_path, monkeypatch
+):
+    from tasks import actors
+    from tests.flows.deadly import FaultyAcceleratorWorker
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(actors, "ImageWorker", FaultyAcceleratorWorker)
+    summary = colorize_archive(str(small_archive), str(output), model=str(tiny_folder), options={"max_attempts": 2})
+    assert summary == {"ok": 3, "quarantined": 2, "failed": 0, "done_before": 0}
+    ((key, message),) = ask(
+        output, "select image_key, error_message from results where error_class = 'DeadlyImageError'"
+    )
+    assert key == "scan 2.png"
+    assert "2. its GPU failed: CUDA error: an illegal memory access was encountered" in message
+    assert "Compile" not in message
+
+
 def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, tiny_folder, tmp_path, monkeypatch):
     from tasks import actors
     from tests.flows.deadly import DeadlyWorker

@@ -100,7 +100,7 @@ def test_run_has_a_flag_for_every_option_with_its_default_and_limit():
     assert parameters["seed"].min is None
 
 
-@pytest.mark.parametrize("name", ["preset", "image_format", "access_copy", "device", "retry"])
+@pytest.mark.parametrize("name", ["preset", "image_format", "access_copy", "device", "dtype", "retry"])
 def test_a_choice_is_a_choice_on_the_command_line(name):
     (flag,) = flags_of(name, RunOptions.model_fields[name])
     result = CliRunner().invoke(app, ["run", "in", "out", flag, "sideways"], env={"NO_COLOR": "1", "COLUMNS": "200"})

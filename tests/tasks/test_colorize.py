@@ -5,20 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from diffcolor_core import Settings
+from diffcolor_core import DiffColor, Settings
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.errors import ModelError
 from support.pictures import gray_picture
 from tasks.archive import CatalogRow
 from tasks.colorize import ImageWorker
+from tasks.errors import AcceleratorFaultError
 from tasks.layout import key_of
 from tasks.manifest import SCHEMA, commit_part, query
 from tasks.options import RunOptions
 from tasks.planning import open_plan
-from tasks.records import RunConfig
+from tasks.records import ImageWork, PlannedImage, RunConfig, Variant
 from tasks.rows import error_rows
 from tasks.storage import Store
 from tasks.verify import repair, verify
@@ -221,3 +223,37 @@ def test_keeping_and_loading_a_fit_outlasts_a_passing_trouble(config, tmp_path, 
     (second,) = run(replace(config, generation=2), [CatalogRow(1, "a.png", "a ball", "a blue ball")])
     assert len(troubled_once) == 4  # two files, written and read
     assert (second["fit_reused"], second["fit_bytes"]) == (True, first["fit_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (torch.AcceleratorError("device-side assert triggered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("the store is away"), False),
+    ],
+)
+def test_a_fault_of_the_gpu_is_told_from_a_lack_of_memory(config, monkeypatch, error, fault):
+    worker = ImageWorker(config)
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(worker.pipe, "fit", fail)
+    monkeypatch.setattr(DiffColor, "fit", fail)
+    planned = PlannedImage(ImageWork("a.png", "v", "a ball", (Variant("primary", None),)), (1,))
+    with pytest.raises(AcceleratorFaultError if fault else type(error), match=re.escape(str(error)[:20])):
+        worker.colorize(planned)
+
+
+def test_the_dtype_is_in_the_row_and_if_it_was_chosen_in_the_hash(config):
+    (row,) = run(config, dtype="bfloat16")
+    assert row["dtype"] == "bfloat16"
+    hashes = {dtype: with_options(config, dtype=dtype).fit_sha256("a") for dtype in ("auto", "float32", "bfloat16")}
+    assert len(set(hashes.values())) == 3
+    assert row["config_sha256"] != config.config_sha256("a ball", "a red ball")

@@ -68,7 +68,7 @@ def test_both_stages_with_the_demo_preset():
 
     @torch.no_grad()
     def loss(unet, e) -> float:  # over the same draws of t and eps each time
-        return float(reconstruction_loss(checkpoint, unet, z, e, 64, torch.Generator().manual_seed(1)))
+        return float(reconstruction_loss(checkpoint, unet, z, e, 64, [torch.Generator().manual_seed(1)]))
 
     start = loss(checkpoint.unet, checkpoint.encode_prompts([fit.rewritten_prompt]))
     after_embedding = loss(checkpoint.unet, fit.prompt_embeds)
