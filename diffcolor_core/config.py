@@ -126,6 +126,8 @@ class Settings(_Record):
     color_prior: bool = False
     """Sample from the picture that the checkpoint's colour prior makes of the scan and the prompt [O], instead of the
     gray scan or the primary. For checkpoints that have such a prior: the bundled `photo`."""
+    prior_gain: float = Field(1.0, ge=0)
+    """The colour prior's chroma times this [O]: the mean of what is likely is paler than any of it."""
     stage1: Stage1Settings = Stage1Settings()
     alignment: AlignmentSettings = AlignmentSettings()
     stage2: Stage2Settings = Stage2Settings()
@@ -166,6 +168,7 @@ PRESETS: dict[str, Settings] = {
     "photo": Settings(
         working_size_px=144,
         color_prior=True,
+        prior_gain=1.15,
         stage1=Stage1Settings(num_steps=0),
         alignment=AlignmentSettings(enabled=False, propagate=True),
         stage2=Stage2Settings(

@@ -97,7 +97,7 @@ def colorize_with_prior(
         start = z[i : i + 1]
         if settings.color_prior:
             expected = checkpoint.prior_chroma(lightness, ["", prompt]).mean(dim=0, keepdim=True)
-            start = checkpoint.encode_colored(lightness, expected)
+            start = checkpoint.encode_colored(lightness, settings.prior_gain * expected)
         context = texts.context[i : i + 1]
         generated = generate(checkpoint, unet, start, context, lightness, sampling, generator)[0]
 

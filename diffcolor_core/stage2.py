@@ -235,7 +235,7 @@ def recolor(
         starts = base_chroma[None]
         if settings.color_prior:  # [O] plus what the prior expects to differ under the prompt, exaggerated as in (7)
             before, *after = checkpoint.prior_chroma(fit.lightness, [base_prompt, *prompts[start : start + MAX_BATCH]])
-            starts = base_chroma + alpha * (torch.stack(after) - before)
+            starts = base_chroma + alpha * settings.prior_gain * (torch.stack(after) - before)
         z = checkpoint.encode_colored(fit.lightness, starts)
         pictures += generate(
             checkpoint, fitted.unet, z, e_alpha, fit.lightness, settings.sampling, noise, negative, regional

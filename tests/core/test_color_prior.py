@@ -116,17 +116,18 @@ def test_a_noun_is_said_without_its_colours_or_with_one():
 
 def test_the_primary_is_the_prior_s_picture_and_a_target_adds_what_differs(folder, tmp_path):
     pipe = DiffColor.from_pretrained(
-        str(folder), settings=preset("photo", {"alignment.propagate": False, "stage2.steer_words": False})
+        str(folder),
+        settings=preset("photo", {"alignment.propagate": False, "stage2.steer_words": False, "prior_gain": 1.5}),
     )
     path = tmp_path / "scan.png"
     Image.fromarray(gray_picture(48, 64, seed=2)).save(path)
     fit = pipe.fit(path, "a ball on a table")
     expected = pipe.checkpoint.prior_chroma(fit.lightness, ["a ball on a table", "a red ball on a table"])
     without = pipe.checkpoint.prior_chroma(fit.lightness, [""])
-    z = pipe.checkpoint.encode_colored(fit.lightness, (expected[:1] + without) / 2)
+    z = pipe.checkpoint.encode_colored(fit.lightness, 1.5 * (expected[:1] + without) / 2)
     torch.testing.assert_close(fit.primary, x_to_lab(pipe.checkpoint.decode(z))[0, 1:], atol=0.01, rtol=0)
     result = pipe.recolor(fit, "a red ball on a table", alpha=2.0)
-    start = fit.primary + 2 * (expected[1] - expected[0])
+    start = fit.primary + 2 * 1.5 * (expected[1] - expected[0])
     z = pipe.checkpoint.encode_colored(fit.lightness, start[None])
     torch.testing.assert_close(result.generated[1:], x_to_lab(pipe.checkpoint.decode(z))[0, 1:], atol=0.01, rtol=0)
     same = pipe.recolor(fit, "a ball on a table")
