@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, time
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from tasks.errors import CatalogError
+from tasks.layout import RUN_RECORD
 from tasks.storage import Store, printable
 
 DEFAULT_CATALOG = "catalog.csv"
@@ -30,6 +32,7 @@ MAX_PROMPT_CHARACTERS = 4000
 MAX_EXTRA_CHARACTERS = 20_000
 """The longest `CatalogRow.extra`, which is copied into every manifest row of the image."""
 
+_RECORD_BELOW = re.compile(rf"(.+/){RUN_RECORD.pattern}")
 _MISSPELT = 0.8
 """An unknown column at least this similar (difflib's ratio) to a missing optional one counts as a misspelling."""
 
@@ -71,12 +74,17 @@ def read_catalog(
         return _rows(archive, DEFAULT_CATALOG, archive.uri(DEFAULT_CATALOG), required)
     if not catalog.endswith((".csv", ".jsonl", ".parquet")):
         raise CatalogError(f"catalog {catalog!r}: a catalog is .csv, .jsonl or .parquet")
-    where = catalog if "://" in catalog else os.path.realpath(catalog)  # a link stands for its file
-    folder, _, name = where.rpartition("/")
-    store = Store(folder or "/")
+    store, name = located(catalog)
     if not store.has(name):
         raise CatalogError(f"there is no catalog at {catalog!r}")
     return _rows(store, name, catalog, required)
+
+
+def located(address: str) -> tuple[Store, str]:
+    """The folder of a file, by its path or URL, and the file's key in it."""
+    where = address if "://" in address else os.path.realpath(address)  # a link stands for its file
+    folder, _, name = where.rpartition("/")
+    return Store(folder or "/"), name
 
 
 def _rows(store: Store, key: str, name: str, required: tuple[str, ...]) -> Iterator[CatalogRow]:
@@ -227,3 +235,10 @@ def _json_value(value: object) -> str:
 def is_image_key(key: str) -> bool:
     """Whether a file of an archive counts as an image: every file does that is not hidden, a table or a text."""
     return not key.rpartition("/")[2].startswith(".") and not key.lower().endswith(SIDECAR_SUFFIXES)
+
+
+def image_keys(archive: Store) -> list[str]:
+    """The keys that count as images, sorted, without those in outputs of runs that lie below the archive."""
+    keys = [key for key, _ in archive.walk()]
+    outputs = tuple({found[1] for key in keys if (found := _RECORD_BELOW.fullmatch(key))})
+    return sorted(key for key in keys if is_image_key(key) and not key.startswith(outputs))

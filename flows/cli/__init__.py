@@ -1,6 +1,6 @@
 """The command `diffcolor`."""
 
-from flows.cli import coloring, outputs, study  # each adds its commands
+from flows.cli import captions, coloring, outputs, study  # each adds its commands
 from flows.cli.common import app
 
-__all__ = ["app", "coloring", "outputs", "study"]
+__all__ = ["app", "captions", "coloring", "outputs", "study"]
