@@ -35,6 +35,7 @@ PINNED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     # The commit that holds model.safetensors; the main branch has the pickle only.
     "openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef",
+    "Salesforce/blip-image-captioning-large": "353689b859fcf0523410b1806dace5fb46ecdf41",
 }
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 _SAMPLE_BYTES, _NUM_SAMPLES = 2**14, 1024  # 16 MiB of a file: a fine-tuned model differs in whole layers
@@ -55,7 +56,7 @@ def resolve(model: str) -> tuple[str, str | None]:
     revision = revision or PINNED.get(name, "")
     if name.count("/") != 1:
         known = ", ".join(map(repr, BUNDLES))
-        raise ModelError(f"no model {model!r}: give {known}, a diffusers folder, or a hub id as 'owner/name@commit'")
+        raise ModelError(f"no model {model!r}: give a folder, a hub id as 'owner/name@commit', or (to colour) {known}")
     if not re.fullmatch("[0-9a-f]{40}", revision):  # branches and tags move; commits do not
         raise ModelError(
             f"hub model {name!r} needs a pinned revision, so that its results can be reproduced: give "

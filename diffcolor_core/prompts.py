@@ -14,6 +14,8 @@ from typing import Any
 
 GENERIC_PROMPT = "a photograph"
 """What is said of a picture of which nobody has said anything."""
+CAPTION_MODEL = "Salesforce/blip-image-captioning-large"
+"""The model that is asked by default, BLIP (Li et al. 2022). Of the smaller `-base` there is only a pickle."""
 _MODEL_SHA256 = "99ddc9b14b3fe604b245e2d7a3aef59ab1bdd06b1bae4f4ce74738902e2a0265"
 HEX = r"#[0-9a-fA-F]{6}\b"
 """A colour as in HTML."""

@@ -19,6 +19,7 @@ from prefect.states import Crashed
 from flows.stopping import stopping_after
 from tasks.actors import ray_actors
 from tasks.lease import hold_output
+from tasks.logs import log_as_json
 from tasks.manifest import publish_results
 from tasks.options import RunOptions, flow_parameters
 from tasks.planning import shard_sizes
@@ -49,6 +50,8 @@ def colorize_archive(options: RunOptions) -> dict[str, int]:
 
 def colorize(run: Run) -> dict[str, int]:
     """Do what a run has been opened for, in the flow that calls this; return its summary."""
+    if run.config.options.log_format == "json":
+        log_as_json(run.config.run_id)
     logger = get_run_logger()
     config, plan, target = run.config, run.plan, Store(run.config.options.output)
     if deployment.id and target.is_local and not os.path.isabs(run.asked.output):

@@ -1,11 +1,23 @@
-"""Checkpoints with random weights, saved by diffusers itself: a tiny one and the published architectures."""
+"""Checkpoints with random weights, saved by diffusers itself: a tiny one and the published architectures; a BLIP."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessorPil,
+    BlipProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+)
 
 from diffcolor_training.parts import build_tokenizer, save_model_index
 
@@ -69,6 +81,37 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
             folder / "clip"
         )
+    return folder
+
+
+def save_tiny_blip(folder: Path) -> Path:
+    """A BLIP that knows two captions, saved by transformers itself: seconds of training tell it dark from light.
+
+    Dark pictures are "a black and white photo of a church on a hill", light ones "a boat on a river".
+    """
+    torch.manual_seed(0)
+    captions = ["a black and white photo of a church on a hill", "a boat on a river"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *sorted(set(" ".join(captions).split()))]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, bos_token="[DEC]")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "encoder_hidden_size": 16, "max_position_embeddings": 64, "projection_dim": 16}
+    text |= {"pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3, "bos_token_id": 5}
+    vision = {"image_size": 32, "patch_size": 8, "projection_dim": 16}
+    model = BlipForConditionalGeneration(BlipConfig(text_config=size | text, vision_config=size | vision))
+    processor = BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
+
+    pictures = [np.full((8, 8, 3), value, np.uint8) for value in (40, 220)]
+    inputs = processor(images=pictures, text=captions, return_tensors="pt", padding=True)
+    inputs["labels"] = inputs.input_ids.masked_fill(inputs.input_ids == tokenizer.pad_token_id, -100)
+    inputs.input_ids[:, 0] = tokenizer.bos_token_id
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

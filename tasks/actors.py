@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,9 @@ import torch
 from tasks.colorize import ImageWorker
 from tasks.errors import AcceleratorFaultError
 from tasks.local_ray import local_ray
+from tasks.logs import relay
 from tasks.options import MachineOptions
+from tasks.progress import visible
 from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, error_rows
 
@@ -54,8 +56,9 @@ class ActorGoneError(RuntimeError):
 class PooledActor:
     """An actor, with the node that it runs on now."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, *, keeps_logs: bool = False) -> None:
         self.handle = handle
+        self.keeps_logs = keeps_logs
         self.node_id = ""
         self.given_up = False
 
@@ -66,8 +69,10 @@ class PooledActor:
         """
         import ray
 
+        rows = self.handle.colorize.remote(planned, smaller_because)
+        logs = self.handle.take_logs.remote() if self.keeps_logs else None  # it waits behind the image
         try:
-            return list(ray.get(self.handle.colorize.remote(planned, smaller_because), timeout=timeout_seconds))
+            return list(ray.get(rows, timeout=timeout_seconds))
         except ray.exceptions.GetTimeoutError:
             ray.kill(self.handle, no_restart=False)
             raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)") from None
@@ -79,6 +84,9 @@ class PooledActor:
             reason = str(error).strip().partition("\n")[0]
             out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
             raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
+        finally:
+            with suppress(ray.exceptions.RayError):  # a killed actor has taken its logs with it
+                relay([] if logs is None else ray.get(logs, timeout=1))
 
     def _lost_its_node(self) -> bool:
         """Whether its machine is gone. Ray knows once it has restarted the actor, or has missed the machine."""
@@ -99,9 +107,9 @@ class ActorPool:
     loaded again; the other actors work on meanwhile. Nodes may join and leave.
     """
 
-    def __init__(self, handles: list[Any]) -> None:
+    def __init__(self, handles: list[Any], *, keep_logs: bool = False) -> None:
         self.num_actors = len(handles)
-        self._actors = [PooledActor(handle) for handle in handles]
+        self._actors = [PooledActor(handle, keeps_logs=keep_logs) for handle in handles]
         self._free: deque[PooledActor] = deque()
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()
@@ -118,6 +126,8 @@ class ActorPool:
         error = starting.exception()
         with self._changed:
             if error is None:
+                if actor.keeps_logs:  # of loading the model, before it has an image
+                    actor.handle.take_logs.remote().future().add_done_callback(_relay_result)
                 actor.node_id = starting.result()
                 self._free.append(actor)
             elif not self._closed:
@@ -181,6 +191,11 @@ class ActorPool:
             ray.kill(actor.handle)
         with self._changed:
             self._changed.wait_for(lambda: not self._users, timeout=wait_seconds)
+
+
+def _relay_result(logs: Future[list[dict[str, Any]]]) -> None:
+    if logs.exception() is None:
+        relay(logs.result())
 
 
 def placement(options: MachineOptions, num_gpus: float) -> tuple[int, float]:
@@ -248,7 +263,8 @@ def ray_actors(config: RunConfig) -> Iterator[ActorPool]:
             num_cpus=min(cores_each, threads or 1), num_gpus=share, max_restarts=-1, max_task_retries=0
         )
         config = replace(config, device="cuda" if share else "cpu")
-        pool = ActorPool([remote.remote(config, threads) for _ in range(num_actors)])
+        handles = [remote.remote(config, threads) for _ in range(num_actors)]
+        pool = ActorPool(handles, keep_logs=options.log_format == "json")
         stack.callback(pool.close)
         yield pool
 
@@ -276,6 +292,7 @@ def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage) -> li
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
         except ActorGoneError as gone:
+            logger.warning("the worker of %s is gone: %s", visible(planned.work.image_key), gone)
             losses += gone.node_lost
             if not gone.node_lost or losses > MAX_NODE_LOSSES:
                 deaths.append(str(gone))

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, time
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from tasks.errors import CatalogError
+from tasks.layout import RUN_RECORD
 from tasks.storage import Store, locate, printable
 
 DEFAULT_CATALOG = "catalog.csv"
@@ -29,6 +31,7 @@ MAX_PROMPT_CHARACTERS = 4000
 MAX_EXTRA_CHARACTERS = 20_000
 """The longest `CatalogRow.extra`, which is copied into every manifest row of the image."""
 
+_RECORD_BELOW = re.compile(rf"(.+/){RUN_RECORD.pattern}")
 _MISSPELT = 0.8
 """An unknown column at least this similar (difflib's ratio) to a missing optional one counts as a misspelling."""
 
@@ -224,3 +227,10 @@ def _json_value(value: object) -> str:
 def is_image_key(key: str) -> bool:
     """Whether a file of an archive counts as an image: every file does that is not hidden, a table or a text."""
     return not key.rpartition("/")[2].startswith(".") and not key.lower().endswith(SIDECAR_SUFFIXES)
+
+
+def image_keys(archive: Store) -> list[str]:
+    """The keys that count as images, sorted, without those in outputs of runs that lie below the archive."""
+    keys = [key for key, _ in archive.walk()]
+    outputs = tuple({found[1] for key in keys if (found := _RECORD_BELOW.fullmatch(key))})
+    return sorted(key for key in keys if is_image_key(key) and not key.startswith(outputs))

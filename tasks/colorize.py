@@ -1,6 +1,7 @@
 """One image on one worker: planned work in, manifest rows and written pictures out."""
 
 import hashlib
+import logging
 import os
 import platform
 import resource
@@ -8,6 +9,7 @@ import socket
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import torch
 
@@ -15,10 +17,13 @@ from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
+from tasks.logs import Kept, log_as_json
+from tasks.progress import visible
 from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
 from tasks.storage import Store
 
+logger = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 * 2**30
 """Of an image file: four times what the largest picture that is read holds in 16 bits."""
 
@@ -30,6 +35,10 @@ class ImageWorker:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.config, self._gpu_failed = config, False
+        self._logs: Kept | None = None
+        if config.options.log_format == "json":
+            log_as_json(config.run_id)  # into Ray's own log files
+            self._logs = Kept.install()
         self.archive, self.output = Store(config.options.archive), Store(config.options.output)
         self.pipe = DiffColor.from_pretrained(
             config.options.model,
@@ -49,6 +58,10 @@ class ImageWorker:
         if self._gpu_failed:
             os._exit(1)
         return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+    def take_logs(self) -> list[dict[str, Any]]:
+        """What has been logged since the last call, as `relay` takes it."""
+        return [] if self._logs is None else self._logs.take()
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         """One row per variant. What is wrong with the image or its prompts is a row; a broken machine raises.
@@ -85,6 +98,7 @@ class ImageWorker:
                     if not _is_out_of_memory(error):
                         raise
                     smaller_because = str(error).partition("\n")[0]
+            logger.warning("%s is tried at a smaller size: %s", visible(planned.work.image_key), smaller_because)
             smaller = smaller_pipe(self.pipe)
             shared["fallback"] = (
                 f"working size {smaller.settings.working_size_px} px, batch size 1: {smaller_because[:200]}"
@@ -137,6 +151,7 @@ class ImageWorker:
             primary = self._write(primary_stem, fit.primary_picture, fit, context or "", with_access_copy=asked)
             shared["primary_sha256"] = primary["output_sha256"]
         fit_seconds = time.perf_counter() - start
+        logger.info("%s: fit %s in %.1f s", visible(key), "loaded" if columns["fit_reused"] else "made", fit_seconds)
 
         rows = []
         for index, variant in enumerate(planned.work.variants):

@@ -85,6 +85,9 @@ class MachineOptions(_Options):
     """Address of a Ray cluster: `auto` on one of its nodes. By default, a local Ray runs as long as the run does."""
     shard_size: AtLeastOne = 32
     """Images per Prefect task. The last shards are smaller, so that all actors finish together."""
+    log_format: Literal["text", "json"] = "text"
+    """`json` writes every line to stderr as a JSON object, with run, shard, image and attempt, and one for each image
+    that is done; lines of the actors are among them."""
 
 
 class ResumeOptions(_Options):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_EVERY_SECONDS = 30.0
+each_image = logging.getLogger(__name__)
 
 
 def visible(text: str) -> str:
@@ -65,10 +66,12 @@ class RunProgress:
             now = time.monotonic()
             rate = done / max(now - self._start, 1e-9) * 60
             detail = f"{self.counts['failed']} failed, {self.counts['quarantined']} quarantined, {rate:.1f} images/min"
-            if status != "ok":
-                row = next(row for row in rows if row["status"] == status)
-                message = f"{row['image_key']}: {status} ({row['error_class']}: {row['error_message']})"
-                self.logger.warning("%s", visible(message))
+            row = next(row for row in rows if row["status"] == status)
+            message = f"{row['image_key']}: {status}"
+            if status == "ok":  # not to Prefect, whose server would keep a line for each image
+                each_image.info("%s", visible(message))
+            else:
+                self.logger.warning("%s", visible(f"{message} ({row['error_class']}: {row['error_message']})"))
             if self._bar is not None:
                 self._bar.update(self._task, completed=done, detail=detail)
             elif now - self._last_log >= LOG_EVERY_SECONDS or done == self.num_images:

@@ -11,6 +11,7 @@ from prefect.states import Cancelled
 
 from tasks.actors import ActorPool, RunStoppedError, colorize_on
 from tasks.lease import Lease
+from tasks.logs import about
 from tasks.manifest import commit_part
 from tasks.progress import RunProgress
 from tasks.records import RunConfig, Shard
@@ -42,10 +43,11 @@ def colorize_shard(
         with pool.in_use():
             try:
                 for number, planned in enumerate(shard.images, 1):
-                    rows = colorize_on(pool, config, planned)
+                    with about(shard=shard.number, image=planned.work.image_key, attempt=max(planned.attempts)):
+                        rows = colorize_on(pool, config, planned)
+                        progress.image_done(rows)
                     pending += rows
                     counts.update(row["status"] for row in rows)
-                    progress.image_done(rows)
                     due = time.monotonic() - committed_at > COMMIT_SECONDS
                     if number % config.options.commit_every == 0 or due:
                         commit()

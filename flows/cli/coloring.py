@@ -36,6 +36,7 @@ from flows.cli.common import (
 )
 from flows.cli.options import checked, flag, overrides_of, with_flags
 from tasks.layout import REPORT_PAGE
+from tasks.logs import log_as_json
 from tasks.options import RecolorOptions, RunOptions, flow_arguments
 from tasks.records import RunConfig
 
@@ -238,6 +239,8 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
     with stoppable() as stop, ExitStack() as stack:
         try:
             options = checked(kind, **given)
+            if options.log_format == "json":
+                log_as_json(options.run_id, stray_lines=True)
             run = stack.enter_context(open_run(options))
         except (ValueError, OSError) as error:
             raise fail(error, 2) from error

@@ -1,6 +1,7 @@
 """What the commands share: the app, the options, and how errors, notes and tables are printed."""
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.options import defaults_of, flag, overrides_of
+from tasks.logs import is_json
 from tasks.options import PresetName
 from tasks.progress import visible
 
@@ -69,6 +71,7 @@ def _with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def command(*arguments: Any, quiet: bool, verbose: int, **given: Any) -> Any:
         notes.quiet = quiet
+        verbose += given.get("log_format") == "json"  # such logs are kept, not read as they come
         level = "ERROR" if quiet else ("WARNING", "INFO", "DEBUG")[min(verbose, 2)]
         if quiet or verbose:
             os.environ["PREFECT_LOGGING_LEVEL"] = level
@@ -145,6 +148,9 @@ def device_of(text: str) -> str:
 def fail(error: Exception | str, code: int) -> typer.Exit:
     """Print the error, with control characters written out; return the exit to raise from it."""
     lines = "\n".join(map(visible, str(error).splitlines()))
+    if is_json():
+        logging.getLogger("diffcolor").error("%s", lines)
+        return typer.Exit(code)
     errors.print(f"diffcolor: {lines}", style="red", markup=False, highlight=False, soft_wrap=True)
     return typer.Exit(code)
 
