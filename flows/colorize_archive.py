@@ -4,6 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -18,6 +19,7 @@ from prefect.states import Crashed
 from tasks.actors import ray_actors
 from tasks.lease import hold_output
 from tasks.manifest import publish_results
+from tasks.metrics import RunMetrics
 from tasks.options import RunOptions, flow_parameters
 from tasks.planning import shard_sizes
 from tasks.progress import RunProgress
@@ -67,7 +69,10 @@ def colorize(run: Run) -> dict[str, int]:
         logger.info("run %s: %d images to do, %d variants done before", config.run_id, plan.num_images, done_before)
         # 3. one task per shard, a few more at a time than there are actors
         if plan.num_images:
-            with ray_actors(config) as pool, RunProgress(plan.num_images, logger) as progress:
+            with ExitStack() as stack:
+                pool = stack.enter_context(ray_actors(config))
+                metrics = RunMetrics(config.run_id, plan.num_images)
+                progress = stack.enter_context(RunProgress(plan.num_images, logger, metrics))
                 shard_size = config.options.shard_size
                 waiting = plan.shards(shard_size, pool.num_actors)
 

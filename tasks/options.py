@@ -81,6 +81,9 @@ class MachineOptions(_Options):
     """Address of a Ray cluster: `auto` on one of its nodes. By default, a local Ray runs as long as the run does."""
     shard_size: AtLeastOne = 32
     """Images per Prefect task. The last shards are smaller, so that all actors finish together."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port on loopback where Prometheus finds the metrics of the local Ray while the run lasts. By default a free
+    one. A cluster serves them where its `ray start` was told to."""
 
 
 class ResumeOptions(_Options):
