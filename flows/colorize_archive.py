@@ -16,6 +16,7 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
+from flows.monitoring import Watched, name_of_run, notify_of_failure, watched
 from tasks.actors import ray_actors
 from tasks.lease import hold_output
 from tasks.manifest import publish_results
@@ -35,18 +36,23 @@ SPARE_SHARDS = 2
 ShardFuture = PrefectFuture[Any]  # of a Counter: variants by status
 
 
-@flow(name="colorize-archive")
+@flow(
+    name="colorize-archive",
+    flow_run_name=name_of_run,
+    on_failure=[notify_of_failure],
+    on_crashed=[notify_of_failure],
+)
 @flow_parameters(RunOptions)
 def colorize_archive(options: RunOptions) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
 
     The keys are ok, quarantined and failed, and done_before: how many of them earlier runs had done.
     """
-    with open_run(options) as run:
-        return colorize(run)
+    with open_run(options) as run, watched(run.config) as watch:
+        return colorize(run, watch)
 
 
-def colorize(run: Run) -> dict[str, int]:
+def colorize(run: Run, watch: Watched) -> dict[str, int]:
     """Do what a run has been opened for, in the flow that calls this; return its summary."""
     logger = get_run_logger()
     config, plan, target = run.config, run.plan, Store(run.config.options.output)
@@ -72,7 +78,7 @@ def colorize(run: Run) -> dict[str, int]:
             with ExitStack() as stack:
                 pool = stack.enter_context(ray_actors(config))
                 metrics = RunMetrics(config.run_id, plan.num_images)
-                progress = stack.enter_context(RunProgress(plan.num_images, logger, metrics))
+                progress = stack.enter_context(watch.showing(RunProgress(plan.num_images, logger, metrics)))
                 shard_size = config.options.shard_size
                 waiting = plan.shards(shard_size, pool.num_actors)
 
@@ -89,6 +95,7 @@ def colorize(run: Run) -> dict[str, int]:
         # 4. summary
         summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
         lease.end({"status": "finished", **summary} if plan.num_images else None)
+        watch.summary = summary
     logger.info("run %s: %s", config.run_id, summary)
     return summary
 

@@ -26,6 +26,8 @@ MANIFEST = "manifest"
 RUNS = "runs"
 DAMAGED = "damaged"
 RESULTS = "results.parquet"
+REPORT = "report"
+REPORT_PAGE = f"{REPORT}/index.html"
 TEMPORARY = ".tmp"
 PROBE = "probe-"
 

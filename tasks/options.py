@@ -26,7 +26,12 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 
 class _Options(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        field_title_generator=lambda name, _: name,  # of Prefect's form, as the parameters beside them
     )
 
 
@@ -99,6 +104,11 @@ class ResumeOptions(_Options):
     """Seconds after which an image's actor is killed, in case a decoder or a driver hangs."""
     max_attempts: AtLeastOne = 3
     """How many times an image may kill its actor before it is quarantined."""
+    notify: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")] | None = None
+    """Notification block of the Prefect server, as TYPE/NAME: `slack-webhook/archive`. It is told once if the run fails
+    or crashes, and once if too many images are quarantined. Its address stays in the block."""
+    notify_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the run's images above which `notify` tells of quarantined ones: 0.1 is one in ten."""
 
 
 # Pydantic puts the fields of the last base first. A flow takes those one by one, and the others as one record.
