@@ -5,6 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -16,11 +17,13 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
+from flows.monitoring import Watched, name_of_run, notify_of_failure, watched
 from flows.stopping import stopping_after
 from tasks.actors import ray_actors
 from tasks.lease import hold_output
 from tasks.logs import log_as_json
 from tasks.manifest import publish_results
+from tasks.metrics import RunMetrics
 from tasks.options import RunOptions, flow_parameters
 from tasks.planning import shard_sizes
 from tasks.progress import RunProgress
@@ -37,18 +40,23 @@ SPARE_SHARDS = 2
 ShardFuture = PrefectFuture[Any]  # of a Counter: variants by status
 
 
-@flow(name="colorize-archive")
+@flow(
+    name="colorize-archive",
+    flow_run_name=name_of_run,
+    on_failure=[notify_of_failure],
+    on_crashed=[notify_of_failure],
+)
 @flow_parameters(RunOptions)
 def colorize_archive(options: RunOptions) -> dict[str, int]:
     """Colorize what the manifest does not have yet; return how many variants there are now by status.
 
     The keys are ok, quarantined and failed, and done_before: how many of them earlier runs had done.
     """
-    with open_run(options) as run:
-        return colorize(run)
+    with open_run(options) as run, watched(run.config) as watch:
+        return colorize(run, watch)
 
 
-def colorize(run: Run) -> dict[str, int]:
+def colorize(run: Run, watch: Watched) -> dict[str, int]:
     """Do what a run has been opened for, in the flow that calls this; return its summary."""
     if run.config.options.log_format == "json":
         log_as_json(run.config.run_id)
@@ -74,7 +82,10 @@ def colorize(run: Run) -> dict[str, int]:
         logger.info("run %s: %d images to do, %d variants done before", config.run_id, plan.num_images, done_before)
         # 3. one task per shard, a few more at a time than there are actors
         if plan.num_images:
-            with ray_actors(config) as pool, RunProgress(plan.num_images, logger) as progress:
+            with ExitStack() as stack:
+                pool = stack.enter_context(ray_actors(config))
+                metrics = RunMetrics(config.run_id, plan.num_images)
+                progress = stack.enter_context(watch.showing(RunProgress(plan.num_images, logger, metrics)))
                 shard_size = config.options.shard_size
                 waiting = plan.shards(shard_size, pool.num_actors)
 
@@ -91,6 +102,7 @@ def colorize(run: Run) -> dict[str, int]:
         # 4. summary
         summary = {status: counts[status] for status in ("ok", "quarantined", "failed")} | {"done_before": done_before}
         lease.end({"status": "finished", **summary} if plan.num_images else None)
+        watch.summary = summary
     # 5. the report, once the output is free again
     if config.options.report and plan.num_images:
         _report(target, logger)

@@ -240,7 +240,7 @@ def ray_actors(config: RunConfig) -> Iterator[ActorPool]:
 
     with ExitStack() as stack:
         if not ray.is_initialized():
-            address = options.ray_address or stack.enter_context(local_ray())
+            address = options.ray_address or stack.enter_context(local_ray(options.metrics_port))
             on_sigterm = signal.getsignal(signal.SIGTERM)
             stack.callback(ray.shutdown)
             ray.init(address=address, log_to_driver=False, logging_level="warning")

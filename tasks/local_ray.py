@@ -16,13 +16,14 @@ END_SECONDS = 30.0
 
 
 @contextmanager
-def local_ray() -> Iterator[str]:
+def local_ray(metrics_port: int | None = None) -> Iterator[str]:
     """Start Ray for as long as the context lasts; yield its address. Raises RuntimeError if it does not start.
 
-    It uses RAY_AUTH_MODE and the token of the environment.
+    It uses RAY_AUTH_MODE and the token of the environment. metrics_port: where Prometheus can fetch its metrics, by
+    default a free port.
     """
     keeper = subprocess.Popen(
-        [sys.executable, "-P", __file__],
+        [sys.executable, "-P", __file__, str(metrics_port or 0)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -44,11 +45,12 @@ def local_ray() -> Iterator[str]:
         keeper.stdout.close()
 
 
-def main() -> None:
+def main(metrics_port: int) -> None:
     """Start Ray, print its address, and end Ray once nobody holds the other end of standard input."""
     import ray
 
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "warning"}
+    ray.init("local", **options, _metrics_export_port=metrics_port or None)
     with suppress(BrokenPipeError):  # the run has died meanwhile
         os.write(sys.stdout.fileno(), f"{ray.get_runtime_context().gcs_address}\n".encode())
         sys.stdin.read()
@@ -56,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

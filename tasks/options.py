@@ -26,7 +26,12 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 
 class _Options(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        field_title_generator=lambda name, _: name,  # of Prefect's form, as the parameters beside them
     )
 
 
@@ -88,6 +93,9 @@ class MachineOptions(_Options):
     log_format: Literal["text", "json"] = "text"
     """`json` writes every line to stderr as a JSON object, with run, shard, image and attempt, and one for each image
     that is done; lines of the actors are among them."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port on loopback where Prometheus finds the metrics of the local Ray while the run lasts. By default a free
+    one. A cluster serves them where its `ray start` was told to."""
 
 
 class ResumeOptions(_Options):
@@ -106,6 +114,11 @@ class ResumeOptions(_Options):
     """Seconds after which an image's actor is killed, in case a decoder or a driver hangs."""
     max_attempts: AtLeastOne = 3
     """How many times an image may kill its actor before it is quarantined."""
+    notify: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")] | None = None
+    """Notification block of the Prefect server, as TYPE/NAME: `slack-webhook/archive`. It is told once if the run fails
+    or crashes, and once if too many images are quarantined. Its address stays in the block."""
+    notify_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the run's images above which `notify` tells of quarantined ones: 0.1 is one in ten."""
 
 
 class AfterwardsOptions(_Options):

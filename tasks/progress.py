@@ -11,8 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LOG_EVERY_SECONDS = 30.0
+from tasks.metrics import RunMetrics
+
 each_image = logging.getLogger(__name__)
+LOG_EVERY_SECONDS = 30.0
+MAX_LISTED = 100
+"""Quarantined images that are kept with their reasons. The manifest has all of them."""
 
 
 def visible(text: str) -> str:
@@ -26,11 +30,17 @@ class RunProgress:
     Without warnings in the log, there is no bar either: such a run is meant to be quiet.
     """
 
-    def __init__(self, num_images: int, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-        self.num_images, self.logger = num_images, logger
+    def __init__(
+        self, num_images: int, logger: logging.Logger | logging.LoggerAdapter[logging.Logger], metrics: RunMetrics
+    ) -> None:
+        self.num_images, self.logger, self.metrics = num_images, logger, metrics
         self.counts: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self.quarantined: list[tuple[str, str, str]] = []
+        """The first `MAX_LISTED` quarantined images: key, class of the error, message."""
         self._lock = threading.Lock()
         self._start = self._last_log = time.monotonic()
+        self._end: float | None = None
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if console.is_terminal and logger.isEnabledFor(logging.WARNING):
@@ -52,6 +62,7 @@ class RunProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end = time.monotonic()
         if self._bar is not None:
             self._bar.stop()
 
@@ -63,18 +74,39 @@ class RunProgress:
         with self._lock:
             self.counts[status] += 1
             done = self.counts.total()
-            now = time.monotonic()
-            rate = done / max(now - self._start, 1e-9) * 60
-            detail = f"{self.counts['failed']} failed, {self.counts['quarantined']} quarantined, {rate:.1f} images/min"
             row = next(row for row in rows if row["status"] == status)
-            message = f"{row['image_key']}: {status}"
+            key, error, message = row["image_key"], row["error_class"], row["error_message"]
             if status == "ok":  # not to Prefect, whose server would keep a line for each image
-                each_image.info("%s", visible(message))
+                each_image.info("%s", visible(f"{key}: ok"))
             else:
-                self.logger.warning("%s", visible(f"{message} ({row['error_class']}: {row['error_message']})"))
+                self._errors[error] += 1
+                if status == "quarantined" and len(self.quarantined) < MAX_LISTED:
+                    self.quarantined.append((key, error, message))
+                self.logger.warning("%s", visible(f"{key}: {status} ({error}: {message})"))
+            self.metrics.image_done(status, rows, num_left=self.num_images - done)
             if self._bar is not None:
-                self._bar.update(self._task, completed=done, detail=detail)
-            elif now - self._last_log >= LOG_EVERY_SECONDS or done == self.num_images:
-                self._last_log = now
-                left = (self.num_images - done) / max(rate / 60, 1e-9)
-                self.logger.info("%d of %d images, %s, %.0f s left", done, self.num_images, detail, left)
+                self._bar.update(self._task, completed=done, detail=self._detail())
+            elif time.monotonic() - self._last_log >= LOG_EVERY_SECONDS or done == self.num_images:
+                self._last_log = time.monotonic()
+                self.logger.info("%s", self.in_words())
+
+    def most_frequent_errors(self, limit: int = 10) -> list[tuple[str, int]]:
+        """The classes of errors with the number of images that are not ok because of each."""
+        with self._lock:
+            return self._errors.most_common(limit)
+
+    def images_per_minute(self) -> float:
+        """The mean rate from the start until now, or until the end."""
+        now = time.monotonic() if self._end is None else self._end
+        return self.counts.total() / max(now - self._start, 1e-9) * 60
+
+    def in_words(self) -> str:
+        """How far the run is, in a line."""
+        done = self.counts.total()
+        left = (self.num_images - done) / max(self.images_per_minute() / 60, 1e-9)
+        remaining = f"{left:.0f} s left" if done else "no image done yet"
+        return f"{done} of {self.num_images} images, {self._detail()}, {remaining}"
+
+    def _detail(self) -> str:
+        failed, quarantined = self.counts["failed"], self.counts["quarantined"]
+        return f"{failed} failed, {quarantined} quarantined, {self.images_per_minute():.1f} images/min"

@@ -1,5 +1,6 @@
 """The deployment for real: Prefect server on loopback, deploy, process worker, `prefect deployment run --watch`."""
 
+import json
 import os
 import re
 import secrets
@@ -12,12 +13,15 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import BaseModel, ConfigDict
 
 from support.pictures import make_archive
 from support.runs import MARK, processes
 from support.waiting import wait_for
+from support.webhook import listening
 from tasks.manifest import query
 from tasks.storage import Store
 
@@ -147,6 +151,15 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
         "nightly": ["0 2 * * *"],
         "recolor": [],
     }
+    # the form: every parameter is explained, and fixed values are choices
+    (form,) = [d["parameter_openapi_schema"] for d in schedules if d["name"] == "on-demand"]
+    fields = form["properties"] | form["definitions"]["MoreOptions"]["properties"]
+    assert all(field["description"] for field in fields.values())
+    assert {name for name, field in fields.items() if field["title"] != name} == set(), (
+        "the form shows the options' names"
+    )
+    choices = {name for name, field in fields.items() if "enum" in json.dumps(field)}
+    assert choices == {"preset", "image_format", "access_copy", "device", "retry"}
     assert "Created automation 'crash-zombie-flow-runs'" in prefect(
         "automation", "create", "--from-file", "deploy/zombies.yaml"
     )
@@ -206,6 +219,38 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
     assert cancelled.has("runs/000001.end"), "a cancelled run must not look alive"
     ((num_ok,),) = query(cancelled, "select count(*) from results where status = 'ok'").fetchall()
     assert 2 <= num_ok < 17, "what was finished is committed, what was not is left to the next run"
+
+
+@pytest.mark.timeout(600)
+def test_people_are_told_once_of_a_run_that_fails_and_of_one_that_is_killed(prefect, tiny_folder, tmp_path):
+    prefect("work-pool", "create", "diffcolor", "--type", "process")
+    prefect("deploy", "--name", "on-demand", "--prefect-file", "deploy/prefect.yaml")
+    prefect.start("worker", "start", "--pool", "diffcolor", "--type", "process", "--limit", "1")
+    many, output = make_archive(tmp_path / "many", 200), Store(str(tmp_path / "out"))
+    run = (
+        "deployment",
+        "run",
+        "colorize-archive/on-demand",
+        "-p",
+        f"output={output.url}",
+        "-p",
+        f"model={tiny_folder}",
+    )
+    few_steps = {"stage1.num_steps": 2, "stage2.embedding_steps": 2, "stage2.model_steps": 2}
+    options = {"notify": "custom-webhook/people", "overrides": few_steps}
+    run += ("-p", "preset=demo", "-p", f"options={json.dumps(options)}")
+    with listening() as (url, received):
+        with temporary_settings({PREFECT_API_URL: prefect.api}):
+            CustomWebhookNotificationBlock(name="people", url=url, json_data={"subject": "{{subject}}"}).save("people")
+        prefect(*run, "-p", f"archive={tmp_path / 'nowhere'}")
+        wait_for(lambda: received, seconds=120)
+        prefect(*run, "-p", f"archive={many}")
+        wait_for(lambda: any(key.startswith("images/") for key, _ in output.list()), seconds=200)
+        for process in processes(prefect.mark, "prefect.engine"):
+            process.kill()
+        wait_for(lambda: len(received) == 2, seconds=120)
+    subjects = [told["subject"] for told in received]
+    assert subjects == ["diffcolor: colorize-archive failed: nowhere", "diffcolor: colorize-archive crashed: many"]
 
 
 @pytest.mark.skipif(not os.environ.get("DIFFCOLOR_TEST_SLOW"), reason="waits for minutes: set DIFFCOLOR_TEST_SLOW=1")
