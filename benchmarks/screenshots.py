@@ -8,10 +8,15 @@ from typing import Annotated
 
 import typer
 
-from support.browser import browser, chromium
-from support.waiting import wait_until
+from support.browser import browser, chromium, wait_for
 
-VIEWS = {"overview": "#view=overview", "gallery": "#view=gallery", "picture": None, "choices": "#view=choices"}
+VIEWS = {
+    "overview": "({view: 'overview'})",
+    "gallery": "({view: 'gallery'})",
+    "picture": """(r => ({view: 'picture', image: r.image.key, variant: r.variant}))(
+        diffcolor.results.find(r => r.obeyed === false) ?? diffcolor.results[0])""",
+}
+"""Each view's name, with JavaScript for its address. The picture is the first one with a word that was not obeyed."""
 
 
 def main(
@@ -19,7 +24,6 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
     install: Annotated[bool, typer.Option(help="Install Chromium if it is missing (Debian, root).")] = False,
     every: Annotated[bool, typer.Option(help="Each view also in the dark and on a phone.")] = False,
-    image: Annotated[int, typer.Option(help="Number of the result whose page is shown.")] = 0,
 ) -> None:
     """Take a picture of each view of the report."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,14 +36,9 @@ def main(
             page.on("console", lambda message: print(message.type, message.text))
             page.on("pageerror", lambda error: print(error))
             page.goto(f"{report.absolute().as_uri()}/index.html")
-            wait_until(lambda page=page: page.evaluate("diffcolor.loaded"), 30)
-            for name, address in VIEWS.items():
-                if address is None:
-                    address = page.evaluate(
-                        """i => { const r = diffcolor.results[i];
-                        return diffcolor.address({view: "picture", image: r.image.key, variant: r.variant}) }""",
-                        image,
-                    )
+            wait_for(page, "diffcolor.loaded")
+            for name, parts in VIEWS.items():
+                address = page.evaluate(f"diffcolor.address({parts})")
                 page.goto(f"{report.absolute().as_uri()}/index.html{address}")
                 page.wait_for_selector(f"#{name}:not([hidden])")
                 page.wait_for_load_state("networkidle")

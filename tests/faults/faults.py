@@ -1,6 +1,7 @@
 """The faults. Each one is injected into runs over an archive, which is then resumed without faults and counted."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,8 @@ from support.poison import BALLOON, HANG, SEGFAULT
 from support.proxy import faulty_proxy
 from support.runs import Bench, Reckoning, Run, committed
 from support.waiting import wait_until
+from tasks.layout import run_end
+from tasks.lease import last_generation
 from tasks.manifest import query
 from tasks.storage import Store
 
@@ -218,15 +221,42 @@ def disk_full(bench: Bench, output: str, rounds: int, rng: random.Random) -> Rec
         subprocess.run(["umount", "-l", output], check=False)
 
 
+def _archive_with(bench: Bench, output: str, *names: str) -> Path:
+    """A copy of the bench's archive, and in it more images of these names."""
+    archive = bench.folder / f"more-{Path(output).name}"
+    shutil.copytree(bench.archive, archive)
+    with (archive / "catalog.csv").open("a") as catalog:
+        for name in names:
+            shutil.copy(archive / "0.png", archive / name)
+            catalog.write(f"{name},a ball on a table,\n")
+    return archive
+
+
+@fault("the end of --max-hours")
+def out_of_hours(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
+    """An image that hangs keeps each run from ending before its hours do. Too few hours for any image are doubled."""
+    archive = _archive_with(bench, output, HANG, "later.png")
+    hours, injected = 0.01, 0
+    while injected < rounds:
+        options = ("--max-hours", f"{hours:g}")
+        with bench.run(output, *options, archive=archive, environment={"DIFFCOLOR_POISON": "1"}) as run:
+            assert run.wait() == 128 + signal.SIGTERM
+            _assert_no_actors(run)
+        store = Store(output)
+        assert json.loads(store.read(run_end(last_generation(store))))["status"] == "stopped"
+        injected += committed(output) > 0
+        hours *= 2
+    left = f"select count(*) from results where image_key in ('{HANG}', 'later.png')"
+    assert query(store, left).fetchall() == [(0,)], "images at work and images that wait have no row yet"
+    reckoning = bench.reckon(output, injected, archive)
+    assert query(store, f"{left} and status = 'ok'").fetchall() == [(2,)]
+    return reckoning
+
+
 @fault("images that hang, crash or fill the memory")
 def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
     """Three bad images among good ones: two kill their actor at each attempt, the third runs out of memory twice."""
-    archive = bench.folder / f"poisoned-{Path(output).name}"
-    shutil.copytree(bench.archive, archive)
-    with (archive / "catalog.csv").open("a") as catalog:
-        for name in (HANG, SEGFAULT, BALLOON):
-            shutil.copy(archive / "0.png", archive / name)
-            catalog.write(f"{name},a ball on a table,\n")
+    archive = _archive_with(bench, output, HANG, SEGFAULT, BALLOON)
     options = ("--image-timeout", "40", "--max-attempts", "2")
     with bench.run(output, *options, archive=archive, environment={"DIFFCOLOR_POISON": "1"}) as run:
         assert run.wait(900) == 3

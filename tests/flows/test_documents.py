@@ -54,7 +54,12 @@ def test_the_curators_commands(demo, tmp_path):
     choices[1]["choice"] = "rejected"
     record = {"schema": 1, "who": "Ada", "saved": "2026-11-25T12:00:00Z", "choices": choices}
     (tmp_path / "choices.json").write_text(json.dumps(record))
+    (tmp_path / "recolor.csv").write_text("image,target_prompt\nscan 2.png,a white vase on a red table\n")
     said = {" ".join(words): give(*words) for words in commands("curators.md")}
+    assert said["report out/demo"].strip() == demo.uri("report/index.html")
+    assert (tmp_path / "sheet.png").exists()
+    assert (tmp_path / "compare.png").exists()
+    assert query(demo, "select image_key from results where fit_reused").fetchall() == [("scan 2.png",)]
     asked = [
         json.loads(line) for line in next(text for words, text in said.items() if "choice_note" in words).splitlines()
     ]

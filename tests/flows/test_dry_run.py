@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -56,17 +55,3 @@ def test_flags_of_a_dry_run_go_with_it():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "go with --dry-run" in done.stderr
-
-
-@pytest.mark.timeout(900)
-def test_a_run_that_is_out_of_hours_ends_in_order_and_goes_on_later(tmp_path, tiny_folder):
-    """3.6 seconds are too few to load a model, so nothing is done before the end."""
-    archive, output = make_archive(tmp_path / "scans", 2), Path(tmp_path / "out")
-    command = [sys.executable, "-m", "support.driver", "run", str(archive), str(output), "--model", str(tiny_folder)]
-    stopped = subprocess.run([*command, "--max-hours", "0.001"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "0.001 hours have passed (--max-hours)" in stopped.stderr
-    assert json.loads((output / "runs/000001.end").read_text())["status"] == "stopped"
-    finished = subprocess.run([*command, "--max-hours", "1"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 3, finished.stderr  # the broken file
-    assert json.loads((output / "runs/000002.end").read_text())["ok"] == 3

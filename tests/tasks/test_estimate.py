@@ -158,14 +158,11 @@ def test_seconds_that_are_given_count(config, output):
     assert (estimated.seconds, estimated.seconds_from) == (21.0, "--seconds-per-image")
 
 
-def test_an_image_without_a_prompt_or_a_file_is_told(config):
-    estimated = told(with_options(config, prompt=None), [CatalogRow(1, "none.png", "a ball", None)])
-    assert estimated.images_unusable == 5
-    assert {entry["reason"].partition(":")[0] for entry in estimated.unusable} == {
-        "MissingImageError",
-        "MissingPromptError",
-    }
-    assert estimated.seconds == 0
+def test_a_file_that_only_the_catalog_names_is_told(config):
+    estimated = told(config, [CatalogRow(1, "none.png", "a ball", None)])
+    assert estimated.images_unusable == 2
+    reasons = {entry["image"]: entry["reason"].partition(":")[0] for entry in estimated.unusable}
+    assert reasons == {"none.png": "MissingImageError", "broken.jpg": "UnreadableImageError"}
 
 
 def test_a_cluster_is_not_asked(config):
