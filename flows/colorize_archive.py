@@ -16,17 +16,19 @@ from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
+from rich.console import Console
 
 from flows.monitoring import Watched, name_of_run, notify_of_failure, watched
 from flows.stopping import stopping_after
 from tasks.actors import ray_actors
+from tasks.captions import caption_run
 from tasks.lease import hold_output
 from tasks.logs import log_as_json
 from tasks.manifest import publish_results
 from tasks.metrics import RunMetrics
 from tasks.options import RunOptions, flow_parameters
 from tasks.planning import shard_sizes
-from tasks.progress import RunProgress
+from tasks.progress import RunProgress, captions_shown
 from tasks.report import write_report
 from tasks.runs import Run, open_run
 from tasks.shards import colorize_shard
@@ -75,7 +77,10 @@ def colorize(run: Run, watch: Watched) -> dict[str, int]:
         if lease.took_over and lease.took_over.get("flow_run_id"):
             _mark_crashed(lease.took_over["flow_run_id"], f"taken over by run {config.run_id}: its process is dead")
         target.sweep()
-        # 2. list the archive, join the catalog, leave out what is done
+        # 2. caption what nobody has, if asked to; list the archive, join the catalog, leave out what is done
+        if config.options.caption is not None:
+            with captions_shown(Console(stderr=True, quiet=not logger.isEnabledFor(logging.WARNING)), logger) as show:
+                plan.replace_catalog(caption_run(config.options, show))
         plan.fill(config)
         counts: Counter[str] = Counter(plan.done_before)
         done_before = counts.total()

@@ -86,7 +86,7 @@ class PooledActor:
             raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
         finally:
             with suppress(ray.exceptions.RayError):  # a killed actor has taken its logs with it
-                relay([] if logs is None else ray.get(logs, timeout=1))
+                relay([] if logs is None else ray.get(logs, timeout=10))
 
     def _lost_its_node(self) -> bool:
         """Whether its machine is gone. Ray knows once it has restarted the actor, or has missed the machine."""

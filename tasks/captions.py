@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from diffcolor_core import read_scan
 from diffcolor_core.captions import Captioner, caption_input, load_captioner
@@ -30,7 +31,8 @@ from diffcolor_core.progress import Progress, silent
 from tasks.archive import COLUMNS, CatalogRow, image_keys, read_catalog
 from tasks.colorize import MAX_FILE_BYTES
 from tasks.errors import CatalogError
-from tasks.layout import TEMPORARY
+from tasks.layout import CATALOG, RUNS, TEMPORARY
+from tasks.options import RunOptions
 from tasks.storage import Store, locate
 
 logger = logging.getLogger(__name__)
@@ -55,15 +57,17 @@ def caption_archive(
     catalog: str | None = None,
     device: str = "cpu",
     batch_size: int = 8,
+    limit: int | None = None,
     progress: Progress = silent,
 ) -> Counter[str]:
     """Write a catalog of all images to `out`, with a caption by `model` for each that has none.
 
     archive: a folder or URL as for a run. out: path or URL of a CSV file; if it is there, its rows stay, and only
     what is missing is added. catalog: captions that there are already, by default the archive's own catalog. model: as
-    for `load_captioner`; it is loaded only if there is anything to caption. Returns how many images are "captioned"
-    now, have been captioned "before", and have "failed": unreadable ones are rows with the reason. Raises ValueError
-    or OSError for wrong arguments, a model or a catalog that cannot be used, a store that fails.
+    for `load_captioner`; it is loaded only if there is anything to caption. limit: only the first images, in the order
+    of their names. Returns how many images are "captioned" now, have been captioned "before", and have "failed":
+    unreadable ones are rows with the reason. Raises ValueError or OSError for wrong arguments, a model or a catalog
+    that cannot be used, a store that fails.
     """
     if not out.endswith(".csv"):
         raise CatalogError(f"catalog {out!r}: captions are written as CSV, so give a name ending in .csv")
@@ -73,7 +77,8 @@ def caption_archive(
     target, name = locate(out)
     rows, archived = _rows(source, catalog, out)
     proposals = {p.image: p for p in _saved(target, name) if p.text is not None}
-    lacking = {row.image for row in rows if _lacks_caption(row)}
+    images = sorted({row.image for row in rows})[:limit]
+    lacking = {row.image for row in rows if _lacks_caption(row)}.intersection(images)
     waiting = sorted(lacking - proposals.keys())
     captioner = load_captioner(model, device=device) if waiting else None
     try:
@@ -85,7 +90,27 @@ def caption_archive(
     finally:
         _write(target, name, rows, archived, proposals)
     done = Counter("failed" if proposals[image].text is None else "captioned" for image in lacking)
-    return done + Counter({"before": len({row.image for row in rows} - lacking)})
+    return done + Counter({"before": len(images) - len(lacking)})
+
+
+def caption_run(options: RunOptions, progress: Progress) -> Iterator[CatalogRow]:
+    """The catalog of a run with `--caption`, kept in its output. Extended by what has no caption yet."""
+    assert options.caption is not None
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    out = Store(options.output).uri(CATALOG)
+    caption_archive(
+        options.archive,
+        out,
+        model=options.caption,
+        catalog=options.catalog,
+        device=device,
+        limit=options.limit,
+        progress=progress,
+    )
+    torch.cuda.empty_cache()  # for the actors
+    rows = read_catalog(Store(options.archive), out)
+    assert rows is not None
+    return rows
 
 
 def _rows(source: Store, catalog: str | None, out: str) -> tuple[list[CatalogRow], set[tuple[str, str | None]]]:
@@ -179,9 +204,12 @@ def _write(
     for key in saved:
         target.delete(key)
     if target.is_local:
-        for folder in (f"{name}.captions", TEMPORARY):
+        folders = [os.path.join(target.root, folder) for folder in (f"{name}.captions", TEMPORARY)]
+        if os.path.isdir(os.path.join(target.root, RUNS)):  # an output, whose run is at work
+            folders.pop()
+        for folder in folders:
             with suppress(OSError):  # there is none, or it is in use
-                os.rmdir(os.path.join(target.root, folder))
+                os.rmdir(folder)
 
 
 def _record(row: CatalogRow, archived: set[tuple[str, str | None]], proposal: Proposal | None) -> dict[str, str | None]:

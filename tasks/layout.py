@@ -9,6 +9,8 @@
     manifest/compacted-<number>.json                      the pointer to them; the highest number counts
     approvals/<number>.parquet                            what people have chosen: the rows of one file of choices
     results.parquet                                       the latest row of each image and variant, for readers
+    catalog.csv                                           with `--caption`: the catalog of the run, with its captions
+    catalog.csv.captions/<token>.jsonl                    captions of an interrupted run that are not in it yet
     runs/<run>.json, .beat, .end                          a run's record and lease, its sign of life, its end
     report/index.html, *.css, *.js, report.json           the report: its page, and the record of what it names
     report/data/<digest>.js                               rows for the page, under the hash of their text
@@ -36,6 +38,7 @@ DAMAGED = "damaged"
 RESULTS = "results.parquet"
 REPORT = "report"
 REPORT_PAGE = f"{REPORT}/index.html"
+CATALOG = "catalog.csv"
 TEMPORARY = ".tmp"
 PROBE = "probe-"
 
@@ -142,8 +145,8 @@ def damaged(key: str) -> str:
 def is_record(key: str) -> bool:
     """Whether the key is one that no manifest row names, but that belongs to an output."""
     return (
-        key == RESULTS
-        or key.startswith((f"{DAMAGED}/", f"{REPORT}/"))
+        key in (RESULTS, CATALOG)
+        or key.startswith((f"{CATALOG}.captions/", f"{DAMAGED}/", f"{REPORT}/"))
         or any(pattern.fullmatch(key) for pattern in (RUN_FILE, LOOSE_PART, POINTER, APPROVAL))
     )
 

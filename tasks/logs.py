@@ -23,7 +23,9 @@ OURS = ("tasks", "flows", "diffcolor_core")
 _MIN_SECRET_CHARACTERS = 8
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|AUTH_STRING|CONNECTION_STRING", re.I)
 _USER_IN_URL = re.compile(r"(://[^/\s@]*:)[^/\s@]+@")
-_SIGNED_URL = re.compile(r"((?:X-Amz-(?:Signature|Security-Token|Credential)|sig|token|password|secret)=)[^&\s]+", re.I)
+_SIGNED_URL = re.compile(
+    r"(?<![a-z])((?:X-Amz-(?:Signature|Security-Token|Credential)|sig|token|password|secret)=)[^&\s]+", re.I
+)
 _END = "\0end of stderr"
 
 _ABOUT: ContextVar[dict[str, Any]] = ContextVar("about", default={})  # noqa: B039 (never changed in place)
@@ -77,12 +79,12 @@ class JsonLinesHandler(logging.StreamHandler[Any]):
 
     run: str | None = None
 
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+    def filter(self, record: logging.LogRecord) -> bool:
         """Add the run and what the context is about, unless an actor has told it."""
         for name, value in ({"run": self.run} | _ABOUT.get()).items():
             if value is not None and not hasattr(record, name):
                 setattr(record, name, value)
-        return super().filter(record)
+        return bool(super().filter(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Nobody reads stderr any more: then there is nobody to tell either."""

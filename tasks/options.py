@@ -47,6 +47,9 @@ class WhatOptions(_Options):
     option, `catalog.csv` in the archive is taken if it is there."""
     prompt: Annotated[str, Field(min_length=1)] = GENERIC_PROMPT
     """Context prompt of every image for which the catalog has none. It says what is in the picture."""
+    caption: str | None = None
+    """First let this image-to-text model describe the images that have no context prompt, as `diffcolor caption` does:
+    a local folder, or a hub id at a commit. The captions are kept, and may be corrected, in `OUTPUT/catalog.csv`."""
     model: str = "photo"
     """`photo`, the bundled model for photographs; `demo`, for rendered scenes; a local diffusers folder;
     `stable-diffusion-v1-5/stable-diffusion-v1-5`; or another hub id at a commit: `owner/name@commit`."""

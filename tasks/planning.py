@@ -57,6 +57,13 @@ class Plan:
         """Variants that earlier runs have done, by status."""
         self.num_images = 0
 
+    def replace_catalog(self, catalog: Iterable[CatalogRow]) -> None:
+        """Hold these rows and no others. Raises CatalogError."""
+        self._database.execute("delete from catalog")
+        rows = ((r.number, r.image, r.context_prompt, r.target_prompt, r.extra) for r in catalog)
+        _insert(self._database, "catalog", rows)
+        _refuse_duplicates(self._database)
+
     def fill(self, config: RunConfig) -> None:
         """Find out what is to be done: images x prompts, less what the manifest has for this configuration.
 
@@ -127,10 +134,9 @@ def open_plan(catalog: Iterable[CatalogRow] | None) -> Iterator[Plan]:
         database.execute(
             "create table catalog (number bigint, image varchar, context varchar, target varchar, columns varchar)"
         )
-        rows = ((r.number, r.image, r.context_prompt, r.target_prompt, r.extra) for r in catalog or ())
-        _insert(database, "catalog", rows)
-        _refuse_duplicates(database)
-        yield Plan(database)
+        plan = Plan(database)
+        plan.replace_catalog(catalog or ())
+        yield plan
         database.close()
 
 

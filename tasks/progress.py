@@ -4,7 +4,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,28 @@ MAX_LISTED = 100
 def visible(text: str) -> str:
     """`text` with control characters written out: a file name may hold line breaks and terminal commands."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextmanager
+def captions_shown(
+    console: Console, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how many images have been captioned: yields what `caption_archive` is to call."""
+    last = time.monotonic()
+
+    def log(_: str, done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= LOG_EVERY_SECONDS:
+            last = time.monotonic()
+            logger.info("%d of %d images captioned", done, total)
+
+    if not console.is_terminal:
+        yield log
+        return
+    columns = (TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+        line = bar.add_task("", total=None)
+        yield lambda _, done, total: bar.update(line, completed=done, total=total)
 
 
 class RunProgress:

@@ -1,12 +1,13 @@
 """The command that proposes captions."""
 
+import logging
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffcolor_core.prompts import CAPTION_MODEL
 from flows.cli.common import DeviceOption, app, device_of, errors_told, notes
+from tasks.progress import captions_shown
 
 
 @app.command()
@@ -23,6 +24,9 @@ def caption(
         str, typer.Option(help="An image-to-text model: a local folder, or a hub id at a commit: `owner/name@commit`.")
     ] = CAPTION_MODEL,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that the model describes at a time.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first images, in the order of their names.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Let a model propose what is in each picture that nobody has described, as a catalog for `diffcolor run`.
@@ -37,20 +41,7 @@ def caption(
     """
     from tasks.captions import caption_archive
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with errors_told(), Progress(*columns, console=notes) as bar:
-        line = bar.add_task("captions", total=None)
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.update(line, description=name, completed=done, total=total)
-
+    with errors_told(), captions_shown(notes, logging.getLogger(__name__)) as show:
         counts = caption_archive(
             archive,
             out,
@@ -58,6 +49,7 @@ def caption(
             catalog=catalog,
             device=device_of(device),
             batch_size=batch_size,
+            limit=limit,
             progress=show,
         )
     notes.print(

@@ -61,6 +61,7 @@ def test_the_help_of_run_shows_about_ten_flags_first(run):
         "--output",
         "--catalog",
         "--prompt",
+        "--caption",
         "--model",
         "--preset",
         "--limit",

@@ -47,7 +47,7 @@ def test_the_table_in_the_docs_is_of_these_options():
 def test_the_flow_takes_what_people_give_one_by_one_and_the_rest_as_a_record():
     """The schema is what Prefect's form is made of, and what `prefect deployment run -p` is checked against."""
     schema = colorize_archive.parameters
-    flat = ["archive", "output", "catalog", "prompt", "model", "preset", "limit"]
+    flat = ["archive", "output", "catalog", "prompt", "caption", "model", "preset", "limit"]
     assert list(schema.properties) == [*flat, "options"]
     assert schema.required == ["archive", "output"]
     assert schema.properties["preset"]["anyOf"][0]["enum"] == ["paper", "demo", "photo"]

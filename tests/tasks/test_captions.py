@@ -192,6 +192,14 @@ def test_archive_and_catalog_on_any_store(store, tiny_blip):
     assert [key for key, _ in store.list("words")] == ["words/catalog.csv"]
 
 
+def test_a_limit_is_of_the_archive_and_not_of_what_is_left(archive, tiny_blip, tmp_path):
+    fill(archive, 5)
+    out = str(tmp_path / "catalog.csv")
+    assert caption_archive(archive.url, out, model=str(tiny_blip), limit=2) == {"captioned": 2}
+    assert caption_archive(archive.url, out, model=str(tiny_blip), limit=3) == {"captioned": 1, "before": 2}
+    assert [bool(row["context_prompt"]) for row in table(out)] == [True] * 3 + [False] * 2
+
+
 def test_a_name_that_no_catalog_can_hold_is_left_out_aloud(archive, tiny_blip, tmp_path, caplog):
     archive.write(" spaced.png", encoded(30))
     out = str(tmp_path / "catalog.csv")

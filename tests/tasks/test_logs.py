@@ -27,7 +27,7 @@ with about(shard=3):
     relay([{"name": "tasks.actor", "levelno": 20, "levelname": "INFO", "created": 0.5, "process": 1,
             "exc_text": None, "msg": "from an actor"}])
 try:
-    raise ValueError("s3://me:hidden-password@host/x?X-Amz-Signature=0123abcd&more=1")
+    raise ValueError("s3://me:hidden-password@host/x?X-Amz-Signature=0123abcd&desig=1")
 except ValueError:
     logger.exception("failed")
 logger.info("odd", extra={"numbers": [float("nan"), {1: os.environ["MY_API_KEY"]}]})
@@ -57,7 +57,7 @@ def test_every_line_on_stderr_is_json_and_none_has_a_secret():
     assert "shard" not in by_message["plain"].keys() | by_message["of a thread"].keys()
     actor = by_message["from an actor"]
     assert (actor["shard"], actor["logger"], actor["time"]) == (3, "tasks.actor", "1970-01-01T00:00:00.500000+00:00")
-    assert "s3://me:***@host/x?X-Amz-Signature=***&more=1" in by_message["failed"]["exc_info"]
+    assert "s3://me:***@host/x?X-Amz-Signature=***&desig=1" in by_message["failed"]["exc_info"]
     assert by_message["odd"]["numbers"] == ["nan", {"1": "***"}]
     stray = {line["message"] for line in lines if line["logger"] == "stderr"}
     assert stray == {"printed", "from C \\xff", "of a child"}
