@@ -45,6 +45,7 @@ bench: setup  ## Measure costs and scale, then make the docs; 50 minutes on 2 id
 	$(BIN)/python -m benchmarks.costs recolor --preset paper --scenes 1 --json $(RESULTS)/costs.json
 	$(BIN)/python -m benchmarks.costs large --json $(RESULTS)/costs.json
 	$(BIN)/python -m benchmarks.costs assembly --json $(RESULTS)/costs.json
+	$(BIN)/python -m benchmarks.costs batch --json $(RESULTS)/costs.json
 	$(BIN)/python -m benchmarks.scale plan --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.scale queries --json $(RESULTS)/scale.json
 	$(BIN)/python -m benchmarks.pipeline --json $(RESULTS)/scale.json

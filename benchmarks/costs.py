@@ -4,6 +4,7 @@ python -m benchmarks.costs recolor --json benchmarks/results/costs.json         
 python -m benchmarks.costs recolor --preset paper --scenes 1 --json benchmarks/results/costs.json  (8 minutes)
 python -m benchmarks.costs large --json benchmarks/results/costs.json                            (3 minutes)
 python -m benchmarks.costs assembly --json benchmarks/results/costs.json                         (3 minutes)
+python -m benchmarks.costs batch --json benchmarks/results/costs.json                            (1 minute)
 python -m benchmarks.costs true-sizes --json benchmarks/results/costs.json    (10 minutes, 20 GB of memory)
 """
 
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +23,15 @@ import torch
 import typer
 
 from diffcolor_core import DiffColor, Picture, preset
+from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.color import lab_to_linear, srgb_to_lab
 from diffcolor_core.config import Settings
 from diffcolor_core.formats import encode
 from diffcolor_core.images import Scan, assemble, resize
+from diffcolor_core.models import load_checkpoint
+from diffcolor_core.optimising import optimise
+from diffcolor_core.stage1 import Texts, prior_loss
+from diffcolor_core.stage2 import reconstruction_loss
 from diffcolor_study.cases import draw_cases
 from support.checkpoints import save_architecture
 from support.plain_assembly import plain_assemble
@@ -140,6 +147,51 @@ def assembly(json_file: JsonOption = None) -> None:
             "propagated_seconds": propagated_seconds,
         }
     record(json_file, "assembly", figures, "torch")
+
+
+@app.command()
+def batch(
+    steps: Annotated[int, typer.Option(help="Steps of each measurement.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Measurements of each, alternating.")] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """CPU seconds of an optimisation step per photograph, eight in a batch against one by one, on one thread.
+
+    The demo model with adapters of rank 4, one draw a step: the steps of equations (3), (5) and (6).
+    """
+    torch.set_num_threads(1)
+    rank = {"stage1.adapter_rank": 4, "stage2.adapter_rank": 4}
+    settings = preset("demo", {"batch_size": 1, "stage1.num_views": 0, **rank})
+    checkpoint = load_checkpoint("demo")
+    side = checkpoint.native_size_px // checkpoint.vae_factor
+    figures = {}
+    for name in ("stage 1", "embedding", "model"):
+        ratios, alone, together = [], [], []
+        for _ in range(repeats + 1):
+            for count, found in ((1, alone), (BATCH, together)):
+                generators = [torch.Generator().manual_seed(i) for i in range(count)]
+                z = torch.randn(count, int(checkpoint.unet.config.in_channels), side, side, generator=generators[0])
+                e = checkpoint.encode_apart(["a ball and a box on a table"] * count)
+                unet = checkpoint.unet if name == "embedding" else trainable_copy(checkpoint.unet, 4, generators)
+                trained = [p for p in unet.parameters() if p.requires_grad] or [e.requires_grad_(True)]
+                if name == "stage 1":
+                    f = checkpoint.clip_text_features(["a ball"])
+                    texts = Texts(e, f.expand(count, -1), f)
+                    losses_of = partial(prior_loss, checkpoint, unet, z, texts, settings, generators)
+                else:
+                    loss_of = partial(reconstruction_loss, checkpoint, unet, z, e, 1, generators)
+                    losses_of = lambda loss_of=loss_of: (loss_of(),)  # noqa: E731
+                start = time.process_time()
+                optimise(trained, 1e-4, steps, losses_of, ("loss",), generators, lambda *_: None)
+                found.append((time.process_time() - start) / steps / count)
+            ratios.append(alone[-1] / together[-1])
+        figures[name] = {  # the first measurement warms up
+            "alone_seconds": statistics.median(alone[1:]),
+            "in_batch_seconds": statistics.median(together[1:]),
+            "ratio": statistics.median(ratios[1:]),
+        }
+        print(name, figures[name], flush=True)
+    record(json_file, "batch", {"photographs": BATCH, **figures}, "torch", "diffusers")
 
 
 def few_steps(settings: Settings, steps: int, **both_stages: Any) -> Settings:

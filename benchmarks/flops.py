@@ -297,7 +297,7 @@ def table(counter: Counter, settings: Settings) -> dict[str, Any]:
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Store the table in this file.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="sd15, sdxl; both by default.")] = None,
-    name: Annotated[list[str] | None, typer.Option("--preset", help="Presets; all by default.")] = None,
+    name: Annotated[list[str] | None, typer.Option("--preset", help="Presets; all but `photo`'s by default.")] = None,
 ) -> None:
     """Count floating-point operations and peak memory of a photograph for each preset, in float32."""
     figures: dict[str, Any] = {}
@@ -306,7 +306,7 @@ def main(
             networks = build_networks(VERSIONS[key])
         counter = Counter(meta_checkpoint(networks))
         figures[key] = {}
-        for one in name or PRESETS:
+        for one in name or [n for n, settings in PRESETS.items() if not settings.color_prior]:
             rank = {"stage1.adapter_rank": SDXL_RANK, "stage2.adapter_rank": SDXL_RANK} if key == "sdxl" else {}
             figures[key][one] = table(counter, preset(one, rank))
             print(key, one, json.dumps(figures[key][one]), flush=True)

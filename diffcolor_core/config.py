@@ -41,7 +41,7 @@ class Stage1Settings(_Record):
     """Largest t drawn, as a part of the schedule; 1 is all of it [P]. In strong noise CLIP sees a blur [O]."""
     recompute: bool = False
     """Compute the blocks of UNet and VAE decoder again in the backward pass [O], instead of keeping what is inside
-    them: half as many operations more, and much less memory. Results are the same."""
+    them: a third more operations, and much less memory. Results are the same."""
     num_views: int = Field(0, ge=0)
     """Random crops, flips and noisy copies that CLIP judges too, against colours that only CLIP likes [O]; 0 is [P]."""
     stop_below: float = Field(0.0, ge=0)
@@ -138,8 +138,40 @@ class Settings(_Record):
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
+def _real(stage1_steps: int, embedding_steps: int, model_steps: int, sampling_steps: int) -> Settings:
+    """What suits a photograph and a published checkpoint, with these numbers of steps: see docs/method.md."""
+    return Settings(
+        stage1=Stage1Settings(
+            num_steps=stage1_steps,
+            learning_rate=3e-5,
+            adapter_rank=4,
+            diffusion_target="prior",
+            temperature=0.05,
+            max_timestep=0.6,
+            recompute=True,
+            stop_below=0.1,
+            strength=1.0,
+        ),
+        alignment=AlignmentSettings(propagate=True),
+        stage2=Stage2Settings(
+            embedding_steps=embedding_steps,
+            model_steps=model_steps,
+            model_learning_rate=1e-4,
+            use_identifiers=embedding_steps > 0,
+            adapter_rank=4,
+            negative_context=True,
+            regional_prompts=True,
+            keep_unchanged=True,
+        ),
+        sampling=SamplingSettings(num_steps=sampling_steps),
+    )
+
+
 PRESETS: dict[str, Settings] = {
     "paper": Settings(),
+    "standard": _real(150, 150, 300, 20),
+    "fast": _real(0, 80, 120, 12),
+    "instant": _real(0, 0, 0, 8),
     "demo": Settings(
         batch_size=2,
         stage1=Stage1Settings(
@@ -180,8 +212,8 @@ PRESETS: dict[str, Settings] = {
 
 
 def preset_for(model: str) -> str:
-    """The name of the preset that suits a model: a bundled model's own, else `paper`."""
-    return model if model in ("photo", "demo") else "paper"
+    """The name of the preset that suits a model: a bundled model's own, else `standard`."""
+    return model if model in ("photo", "demo") else "standard"
 
 
 def preset(name: str, overrides: Mapping[str, Any] | None = None) -> Settings:

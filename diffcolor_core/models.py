@@ -7,6 +7,7 @@ safetensors are read.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -42,15 +45,19 @@ _SAMPLE_BYTES, _NUM_SAMPLES = 2**14, 1024  # 16 MiB of a file: a fine-tuned mode
 
 
 def resolve(model: str) -> tuple[str, str | None]:
-    """(folder or hub id, commit) of a bundled model, a folder, a hub id that `PINNED` lists, or "owner/name@commit".
+    """(path or hub id, commit) of a bundled model, a folder or file, a hub id of `PINNED`, or "owner/name@commit".
 
-    The commit of a folder is None. Raises ModelError if there is no such model, or no commit.
+    The commit of a folder or file is None. Raises ModelError if there is no such model, or no commit.
     """
     if model in BUNDLES:
         if not BUNDLES[model].is_dir():
             raise ModelError(f"the model {model!r} is not in this installation: {BUNDLES[model]} is missing")
         return str(BUNDLES[model]), None
     if Path(model).is_dir():
+        return model, None
+    if Path(model).is_file():
+        if Path(model).suffix != ".safetensors":
+            raise ModelError(f"{model!r} is a pickle, or no model at all: of single files only .safetensors are read")
         return model, None
     name, _, revision = model.partition("@")
     revision = revision or PINNED.get(name, "")
@@ -63,6 +70,22 @@ def resolve(model: str) -> tuple[str, str | None]:
             f"'{name}@<commit hash of 40 digits>' (its page lists the commits), not {revision!r}"
         )
     return name, revision
+
+
+def _folder_of(source: str) -> str:
+    """Where a model's configurations and tokenizer are: the model itself, or the folder of its name beside a file.
+
+    Raises ModelError if there is no such folder beside a single file.
+    """
+    if not Path(source).is_file():
+        return source
+    folder = Path(source).with_suffix("")
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{source!r} holds weights alone, and {str(folder)!r} has no configurations and tokenizer for them: put "
+            f"those of its base model there (docs/models.md), or convert the file into a diffusers folder"
+        )
+    return str(folder)
 
 
 def _variant_of(path: Path) -> str | None:
@@ -80,7 +103,7 @@ def _variant_to_load(source: str) -> str | None:
 def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     """(model_id, model_revision) as fits and manifests record them.
 
-    The revision of a hub model is its commit. That of a folder is "sha256:" and two hashes, joined by "-": one
+    The revision of a hub model is its commit. That of a folder or file is "sha256:" and two hashes, joined by "-": one
     over all its weights and configurations, and a short one over samples spread over each file. known_revision:
     what this function gave earlier, perhaps on another machine. If the short hash agrees with it, the folder is not
     read in full again. Raises ModelError if there is no such model, or another one than `known_revision` says.
@@ -89,11 +112,15 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     revision = commit or known_revision or ""
     if commit is None:
         loaded = (None, _variant_to_load(source))  # other variants are not part of what the folder is
-        files = sorted(path for path in Path(source).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        folder = _folder_of(source)
+        files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
         files = [path for path in files if _variant_of(path) in loaded]
+        if folder != source:  # a single file; weights in the folder beside it are not read
+            is_read = [path for path in files if path.suffix != ".safetensors" or Path(folder, "clip") in path.parents]
+            files = [Path(source), *is_read]
         quick, whole = hashlib.sha256(), hashlib.sha256()
         for path in files:
-            name, size = str(path.relative_to(source)), path.stat().st_size
+            name, size = os.path.relpath(path, folder), path.stat().st_size
             quick.update(f"{name} {size}\n".encode())
             with path.open("rb") as file:
                 for place in range(0, size, max(_SAMPLE_BYTES, size // _NUM_SAMPLES)):
@@ -102,7 +129,7 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
         short = f"-{quick.hexdigest()[:16]}"
         if not revision.endswith(short):
             for path in files:
-                whole.update(str(path.relative_to(source)).encode())
+                whole.update(os.path.relpath(path, folder).encode())
                 with path.open("rb") as file:
                     whole.update(hashlib.file_digest(file, "sha256").digest())
             revision = f"sha256:{whole.hexdigest()}{short}"
@@ -265,7 +292,7 @@ def trained_bytes(model: str, adapter_rank: int | None) -> int:
     """
     source, commit = resolve(model)
     try:
-        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=commit)
+        config = UNet2DConditionModel.load_config(_folder_of(source), subfolder="unet", revision=commit)
     except OSError as error:
         raise ModelError(f"cannot load {model!r}: {error}") from error
     with torch.device("meta"):
@@ -329,7 +356,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint and its guidance CLIP.
 
-    model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may be a bundled one too.
+    model, clip: a local folder, a hub id that `PINNED` lists, or "owner/name@commit"; model may also be a bundled one,
+    or a single .safetensors file with a folder of its name beside it that has the configurations and the tokenizer.
     dtype: as `compute_dtype` takes it. revision: what `identify(model)` gave, for instance in the process that
     planned a run: a folder is then not hashed again. Raises ModelError if a model is missing, not pinned, not at
     `revision`, or of an architecture that we do not serve, and ValueError for an unknown dtype.
@@ -337,26 +365,31 @@ def load_checkpoint(
     device = torch.device(device)
     dtype = compute_dtype(dtype, device)
     source, commit = resolve(model)
-    transformers_logging.disable_progress_bar()  # for copying weights; downloads keep theirs
+    folder = _folder_of(source)
+    for logging in (transformers_logging, diffusers_logging):
+        logging.disable_progress_bar()  # for copying weights; downloads keep theirs
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(source, revision=commit)
+        index: dict[str, Any] = DiffusionPipeline.load_config(folder, revision=commit)
         kind = index.get("_class_name", "a checkpoint of no named class")
         if kind != "StableDiffusionPipeline":
             known = "only StableDiffusionPipeline checkpoints (Stable Diffusion 1.x and 2.x) are served"
             raise ModelError(f"{model!r} is {kind}, but {known}: later ones need a second text encoder and more")
-        variant = _variant_to_load(source)
-        common: dict[str, Any] = {"revision": commit, "variant": variant, "use_safetensors": True}
-        common["torch_dtype"] = dtype
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
         text: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
-        text_encoder = CLIPTextModel.from_pretrained(
-            source, subfolder="text_encoder", revision=commit, variant=variant, **text
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=commit)
-        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=commit)
+        if folder != source:
+            vae, unet, text_encoder = _from_single_file(source, folder, dtype)
+        else:
+            variant = _variant_to_load(source)
+            common: dict[str, Any] = {"revision": commit, "variant": variant, "use_safetensors": True}
+            common["torch_dtype"] = dtype
+            vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
+            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
+            text_encoder = CLIPTextModel.from_pretrained(
+                source, subfolder="text_encoder", revision=commit, variant=variant, **text
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", revision=commit)
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", revision=commit)
 
-        inner = str(Path(source, "clip"))
+        inner = str(Path(folder, "clip"))
         clip_source, clip_commit = resolve(clip or (inner if Path(inner).is_dir() else DEFAULT_CLIP))
         clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, **text)
         clip_tokenizer = CLIPTokenizer.from_pretrained(clip_source, revision=clip_commit)
@@ -367,8 +400,8 @@ def load_checkpoint(
         channels = f"{unet.config.in_channels} input channels for latents with {vae.config.latent_channels}"
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     model_id, model_revision = identify(model, revision)
-    color_prior = load(ColorPrior, beside) if (beside := Path(source, "color_prior")).is_dir() else None
-    noun_regions = load(NounRegions, beside) if (beside := Path(source, "noun_regions")).is_dir() else None
+    color_prior = load(ColorPrior, beside) if (beside := Path(folder, "color_prior")).is_dir() else None
+    noun_regions = load(NounRegions, beside) if (beside := Path(folder, "noun_regions")).is_dir() else None
     for module in filter(None, (vae, unet, text_encoder, clip_model, color_prior, noun_regions)):
         module.to(device).eval().requires_grad_(False)
     return Checkpoint(
@@ -388,3 +421,21 @@ def load_checkpoint(
         color_prior=color_prior,
         noun_regions=noun_regions,
     )
+
+
+def _from_single_file(
+    path: str, folder: str, dtype: torch.dtype
+) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    """The networks of a checkpoint in one file, configured as `folder` says. Raises ModelError if they do not fit."""
+    left_out = {"safety_checker": None, "feature_extractor": None, "tokenizer": None, "scheduler": None}
+    try:
+        parts = StableDiffusionPipeline.from_single_file(
+            path, config=folder, local_files_only=True, torch_dtype=dtype, **left_out
+        )
+    except (ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:
+        lacks_weights = "meta tensor" in str(error)
+        reason = "it does not have all weights" if lacks_weights else str(error)
+        raise ModelError(f"{path!r} is no Stable Diffusion as {folder!r} configures it: {reason}") from error
+    if any(parameter.is_meta for parameter in parts.text_encoder.parameters()):
+        raise ModelError(f"{path!r} does not have all weights of the text encoder that {folder!r} configures")
+    return parts.vae, parts.unet, parts.text_encoder

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -113,6 +114,79 @@ def save_tiny_blip(folder: Path) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def save_single_file(folder: Path, path: Path) -> Path:
+    """The weights of `save_tiny_checkpoint` in one file, under the names of the original Stable Diffusion."""
+    unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    tensors = {f"model.diffusion_model.{_renamed(name, _UNET)}": tensor for name, tensor in unet.items()}
+    for name, tensor in vae.items():
+        is_matrix = "attentions" in name and tensor.ndim == 2  # the original has convolutions there
+        tensors[f"first_stage_model.{_renamed(name, _VAE)}"] = tensor[..., None, None] if is_matrix else tensor
+    for name, tensor in text.items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    positions = text[next(name for name in text if "position_embedding" in name)].shape[0]
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(positions)[None]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0": "output_blocks.1.1",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+    ".norm1.": ".in_layers.0.",
+    ".conv1.": ".in_layers.2.",
+    ".norm2.": ".out_layers.0.",
+    ".conv2.": ".out_layers.3.",
+    ".time_emb_proj.": ".emb_layers.1.",
+    ".conv_shortcut.": ".skip_connection.",
+}
+_VAE = {
+    "encoder.conv_norm_out": "encoder.norm_out",
+    "decoder.conv_norm_out": "decoder.norm_out",
+    "encoder.down_blocks.0.downsamplers.0": "encoder.down.0.downsample",
+    "decoder.up_blocks.0.upsamplers.0": "decoder.up.1.upsample",
+    "encoder.down_blocks.0.resnets": "encoder.down.0.block",
+    "encoder.down_blocks.1.resnets": "encoder.down.1.block",
+    "decoder.up_blocks.0.resnets": "decoder.up.1.block",
+    "decoder.up_blocks.1.resnets": "decoder.up.0.block",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    ".conv_shortcut.": ".nin_shortcut.",
+    ".group_norm.": ".norm.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".to_out.0.": ".proj_out.",
+}
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    """The name with the first match of a place, and then all that are names within a layer."""
+    in_transformer = "transformer_blocks" in name  # whose norms are called as they are in the original
+    for old, new in names.items():
+        if name.startswith(old) or (old.startswith(".") and not in_transformer) or "mid_block" in old:
+            name = name.replace(old, new)
+    return name
 
 
 class Networks(NamedTuple):

@@ -55,7 +55,8 @@ class WhatOptions(_Options):
     `stable-diffusion-v1-5/stable-diffusion-v1-5`; or another hub id at a commit: `owner/name@commit`."""
     preset: PresetName | None = None
     """Settings of the method, by default those that suit the model. `photo` and `demo` belong to the bundled models and
-    take seconds on a CPU; `paper` has the paper's 1500, 500 and 1000 steps, which need a GPU."""
+    take seconds on a CPU. Every other model takes `standard`, which needs a GPU. `fast` and `instant` take fewer
+    operations, and `paper`, with the paper's 1500, 500 and 1000 steps, many more: docs/method.md."""
     limit: AtLeastOne | None = None
     """Only the first images, in the order of their names: at most this many pairs of image and context prompt."""
 

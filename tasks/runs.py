@@ -63,8 +63,8 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
             resolve(options.caption)
 
         # Like the addresses of the stores: actors, and a later `recolor`, may run in another folder.
-        is_folder = options.model not in BUNDLES and os.path.isdir(options.model)
-        model = os.path.abspath(options.model) if is_folder else options.model
+        is_path = options.model not in BUNDLES and os.path.exists(options.model)
+        model = os.path.abspath(options.model) if is_path else options.model
         model_id, model_revision = identify(model)
         fit_bytes = trained_bytes(model, settings.stage2.adapter_rank)
         found: dict[str, str | bool] = {"archive": source.address, "output": target.address, "model": model}

@@ -88,5 +88,15 @@ def test_the_committed_table_is_of_this_code():
     with torch.device("meta"):
         counter = Counter(meta_checkpoint(build_networks("1.5")))
     cost = counter.reconstruction_step(1, "embedding", None)
-    committed = json.loads(TABLE.read_text())["sd15"]["paper"]["tflop_by_stage"]["embedding"]
-    assert committed == round(500 * cost.flop / 1e12, 3)
+    for name, committed in json.loads(TABLE.read_text())["sd15"].items():
+        steps = preset(name).stage2.embedding_steps
+        assert committed["tflop_by_stage"]["embedding"] == pytest.approx(
+            steps * cost.flop * preset(name).batch_size / 1e12, rel=1e-4
+        ), name
+
+
+def test_the_presets_for_real_checkpoints_cost_what_is_promised():
+    sd15 = json.loads(TABLE.read_text())["sd15"]
+    for name, divisor in (("standard", 5), ("fast", 25), ("instant", 100)):
+        assert sd15[name]["tflop"] <= sd15["paper"]["tflop"] / divisor
+    assert sd15["standard"]["peak_gib"]["1"] <= 10

@@ -1,6 +1,8 @@
 import pytest
 
-from diffcolor_core.config import Settings, Stage1Settings, preset
+from diffcolor_core import DiffColor
+from diffcolor_core.config import Settings, Stage1Settings, preset, preset_for
+from diffcolor_core.models import load_checkpoint
 
 
 def test_presets():
@@ -8,10 +10,24 @@ def test_presets():
     assert (paper.stage1.num_steps, paper.stage2.embedding_steps, paper.stage2.model_steps) == (1500, 500, 1000)
     assert paper.sha256() != preset("demo").sha256()
     assert paper.sha256() == Settings().sha256()
-    with pytest.raises(ValueError, match="demo, paper"):
-        preset("fast")
+    with pytest.raises(ValueError, match="demo, fast, instant, paper, photo, standard"):
+        preset("quick")
     with pytest.raises(ValueError, match="learning_rat"):
         Stage1Settings(learning_rat=1.0)  # type: ignore[call-arg]
+
+
+def test_the_preset_of_a_model_is_its_own_or_standard():
+    assert [preset_for(model) for model in ("demo", "photo", "a/folder")] == ["demo", "photo", "standard"]
+    assert DiffColor(load_checkpoint("demo")).settings == preset("demo")
+
+
+@pytest.mark.parametrize("name", ["standard", "fast", "instant"])
+def test_presets_for_real_checkpoints_train_adapters_and_bind_colors_to_nouns(name):
+    settings = preset(name)
+    assert settings.stage1.adapter_rank == settings.stage2.adapter_rank == 4
+    assert settings.stage1.diffusion_target == "prior"
+    assert settings.stage2.regional_prompts
+    assert settings.stage2.keep_unchanged
 
 
 def test_settings_that_differ_from_a_preset():

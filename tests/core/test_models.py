@@ -10,6 +10,7 @@ from diffcolor_core.adapters import fitted_state, trainable_copy
 from diffcolor_core.errors import ModelError
 from diffcolor_core.models import identify, load_checkpoint, resolve
 from diffcolor_core.prompts import noun_phrases
+from support.checkpoints import save_single_file
 
 
 def test_hub_ids_come_with_a_pinned_revision():
@@ -23,6 +24,61 @@ def test_hub_ids_come_with_a_pinned_revision():
             resolve(moving)
     with pytest.raises(ModelError, match="no model 'nonsense'"):
         resolve("nonsense")
+
+
+@pytest.fixture
+def single_file(tiny_folder, tmp_path):
+    """A checkpoint in one file, beside it a folder without weights but those of the guidance CLIP."""
+    shutil.copytree(tiny_folder, tmp_path / "one")
+    for part in ("unet", "vae", "text_encoder"):
+        for path in (tmp_path / "one" / part).glob("*.safetensors"):
+            path.unlink()
+    return save_single_file(tiny_folder, tmp_path / "one.safetensors")
+
+
+def test_a_single_file_is_the_same_model_as_its_folder(single_file, tiny_folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    one, folder = load_checkpoint(str(single_file)), load_checkpoint(str(tiny_folder))
+    for part in ("unet", "vae", "text_encoder"):
+        found, expected = (getattr(checkpoint, part).state_dict() for checkpoint in (one, folder))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(one.encode_prompts(["a ball"]), folder.encode_prompts(["a ball"]))
+    assert models.trained_bytes(str(single_file), 2) == models.trained_bytes(str(tiny_folder), 2)
+
+
+def test_a_single_file_is_identified_by_its_content(single_file):
+    name, revision = identify(str(single_file))
+    assert name == str(single_file)
+    assert identify(str(single_file), revision) == (name, revision)
+    scheduler = single_file.with_suffix("") / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text() + "\n")
+    assert identify(str(single_file))[1] != revision
+    data = bytearray(single_file.read_bytes())
+    data[-1] ^= 1
+    single_file.write_bytes(data)
+    with pytest.raises(ModelError, match="is it another model, or changed"):
+        identify(str(single_file), revision)
+
+
+def test_a_single_file_that_cannot_be_loaded_is_refused_with_the_remedy(single_file, tmp_path):
+    tensors = load_file(single_file)
+    for part, reason in (
+        (".middle_block.", "not have all weights"),
+        (".mlp.", "weights of the text encoder"),
+    ):
+        save_file({name: tensor for name, tensor in tensors.items() if part not in name}, single_file)
+        with pytest.raises(ModelError, match=reason):
+            load_checkpoint(str(single_file))
+    save_file({"a": torch.zeros(1)}, single_file)
+    with pytest.raises(ModelError, match="is no Stable Diffusion"):
+        load_checkpoint(str(single_file))
+    shutil.rmtree(single_file.with_suffix(""))
+    with pytest.raises(ModelError, match="convert the file into a diffusers folder"):
+        load_checkpoint(str(single_file))
+    (tmp_path / "one.ckpt").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="only .safetensors are read"):
+        load_checkpoint(str(tmp_path / "one.ckpt"))
 
 
 def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):

@@ -158,6 +158,27 @@ def test_training_lowers_the_loss(checkpoint, trained):
     assert all(after < 0.99 * earlier for after, earlier in zip(losses(), before, strict=True))
 
 
+def test_recomputing_changes_no_bit(checkpoint, trained):
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    f_t = checkpoint.clip_text_features([CONTEXT, *ANTI_COLOR])
+    texts = Texts(checkpoint.encode_prompts([CONTEXT]), f_t[:1], f_t[1:])
+    found = []
+    for recompute in (False, True):
+        unet = copy.deepcopy(trained).requires_grad_(True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            settings = Settings(stage1=Stage1Settings(recompute=recompute))
+            loss = prior_loss(checkpoint, unet, z, texts, settings, [torch.Generator().manual_seed(8)])[0]
+            num_kept = sum(kept)
+        loss.backward()
+        found.append((num_kept, loss.detach(), [p.grad for p in unet.parameters()]))
+    (plain, loss, gradients), (less, again, same) = found
+    assert less < 0.7 * plain
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    assert not checkpoint.vae.is_gradient_checkpointing
+
+
 def test_every_step_is_told(checkpoint):
     _, seen = stage1(checkpoint, num_steps=3)
     assert seen == [("stage 1", 1, 3), ("stage 1", 2, 3), ("stage 1", 3, 3)]

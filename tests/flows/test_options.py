@@ -50,7 +50,7 @@ def test_the_flow_takes_what_people_give_one_by_one_and_the_rest_as_a_record():
     flat = ["archive", "output", "catalog", "prompt", "caption", "model", "preset", "limit"]
     assert list(schema.properties) == [*flat, "options"]
     assert schema.required == ["archive", "output"]
-    assert schema.properties["preset"]["anyOf"][0]["enum"] == ["paper", "demo", "photo"]
+    assert schema.properties["preset"]["anyOf"][0]["enum"] == ["paper", "standard", "fast", "instant", "demo", "photo"]
     rest = schema.definitions["MoreOptions"]["properties"]
     assert [*flat, *rest] == list(RunOptions.model_fields)
     assert rest["device"]["enum"] == ["auto", "cpu", "cuda"]
@@ -135,7 +135,7 @@ def test_nothing_configured_is_nothing():
     [
         ("num_actor = 2\n", r"diffcolor.toml: there is no option 'num_actor' \(did you mean 'num_actors'\?\)"),
         ("num_actors = 0\n", "diffcolor.toml: num_actors: .* greater than or equal to 1"),
-        ('preset = "fast"\n', "diffcolor.toml: preset: .*'paper', 'demo' or 'photo'"),
+        ('preset = "quick"\n', "diffcolor.toml: preset: .*'paper', 'standard', .*'demo' or 'photo'"),
         ("num_actors 2\n", "diffcolor.toml"),
     ],
 )
