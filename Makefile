@@ -21,7 +21,7 @@ setup: .venv/.installed  ## Create .venv with the pinned versions; the other com
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Colorize photographs into out/photographs and rendered scenes into out/demo, in 4 minutes.
+demo: setup  ## Colorize photographs into out/photographs and rendered scenes into out/demo, in 5 minutes.
 	$(BIN)/python -m support.example_photographs out/gray out/truth
 	$(BIN)/diffcolor run out/gray out/photographs
 	$(BIN)/diffcolor run examples/archive $(OUT) --model demo

@@ -3,6 +3,7 @@
 import pytest
 
 from diffcolor_core import DiffColor
+from diffcolor_core.config import preset
 from support.checkpoints import save_architecture
 from tests.core.test_colorizer import CONTEXT, QUICK, TARGET, scan_bytes
 
@@ -14,7 +15,7 @@ def test_stable_diffusion_goes_through(tmp_path, version, kind, side):
     assert pipe.checkpoint.scheduler.config.prediction_type == kind
     assert pipe.checkpoint.native_size_px == side
     assert pipe.checkpoint.vae_factor == 8
-    assert pipe.settings.stage1.num_steps == 1500  # not our demo model: the paper's preset
+    assert pipe.settings == preset("standard")  # not a model of ours
     stage2 = QUICK.stage2.model_copy(update={"adapter_rank": 4, "keep_unchanged": True})
     pipe.settings = QUICK.model_copy(update={"working_size_px": 128, "stage2": stage2})
     fit = pipe.fit(scan_bytes(90, 130), CONTEXT)
