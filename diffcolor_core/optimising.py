@@ -2,7 +2,7 @@
 
 The photographs of a batch share the frozen networks and nothing else. Each has a generator of its own for all its
 draws, its own trained tensors and its own loss. So what a photograph becomes depends on the settings, its shape and
-the size of the batch, but neither on its neighbours nor on its place among them.
+the size of the batch, but not on its neighbours; on one CPU thread not on its place among them either.
 
 Symbols as in `docs/method.md`: N photographs, B draws for each, z latents, t timesteps, eps noise.
 """

@@ -20,6 +20,15 @@ SETTINGS = Settings(
 PROMPTS = ("a ball on a table", "a red ball", "a box on a table", "a blue table")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads divide a batch among them, and where they cut it shows in the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def pipe(tiny_folder):
     return DiffColor.from_pretrained(str(tiny_folder), settings=SETTINGS)
