@@ -98,10 +98,11 @@ class RunProgress:
             self.counts[status] += 1
             done = self.counts.total()
             row = next(row for row in rows if row["status"] == status)
-            key, error, message = row["image_key"], row["error_class"], row["error_message"]
+            key = row["image_key"]
             if status == "ok":  # not to Prefect, whose server would keep a line for each image
                 each_image.info("%s", visible(f"{key}: ok"))
             else:
+                error, message = row["error_class"], row["error_message"]
                 self._errors[error] += 1
                 if status == "quarantined" and len(self.quarantined) < MAX_LISTED:
                     self.quarantined.append((key, error, message))
