@@ -159,7 +159,7 @@ def test_deploy_work_and_run(prefect, tiny_folder, small_archive, tmp_path):
         "the form shows the options' names"
     )
     choices = {name for name, field in fields.items() if "enum" in json.dumps(field)}
-    assert choices == {"preset", "image_format", "access_copy", "device", "retry"}
+    assert choices == {"preset", "image_format", "access_copy", "device", "retry", "dtype", "log_format"}
     assert "Created automation 'crash-zombie-flow-runs'" in prefect(
         "automation", "create", "--from-file", "deploy/zombies.yaml"
     )
