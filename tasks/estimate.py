@@ -143,7 +143,7 @@ def estimate(
     else:
         seconds = rates.seconds(work)
     gpu_hours = None if seconds is None else seconds * share / 3600
-    keeps = config.options.keep_fits
+    keeps = config.options.keep_fits is not False  # undecided before a run opens
     ends_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds / num_actors)
     return Estimate(
         images_new=work.new,

@@ -122,7 +122,7 @@ def test_a_study_by_command(run, tiny_folder, tmp_path):
     ("change", "message"),
     [
         ({"--model": "nonsense"}, "no model 'nonsense'"),
-        ({"--preset": "fast"}, "'fast' is not one of"),
+        ({"--preset": "quick"}, "'quick' is not one of"),
         ({"--device": "gpu"}, "give `auto`, `cpu`"),
         ({"--device": "cuda:99"}, "torch sees"),
         ({"--set": "stage2.alphas=1"}, "did you mean 'stage2.alpha'"),

@@ -81,7 +81,9 @@ def test_the_pages_of_a_run(small_archive, tiny_folder, tmp_path):
     evil = "<script>alert(1)<|script> [x](http:|evil) `|`.jpg".replace("/", "|")
     (small_archive / evil).write_bytes(b"no picture")
     output = tmp_path / "out"
-    state = colorize_archive(str(small_archive), str(output), model=str(tiny_folder), return_state=True)
+    state = colorize_archive(
+        str(small_archive), str(output), model=str(tiny_folder), options={"report": False}, return_state=True
+    )
     assert state.result()["quarantined"] == 2
     with get_client(sync_client=True) as client:
         assert re.fullmatch(r"archive, \d{4}-\d\d-\d\d \d\d:\d\d UTC", client.read_flow_run(run_of(state)).name)
@@ -114,7 +116,9 @@ def test_the_pages_of_a_run(small_archive, tiny_folder, tmp_path):
     # the same again, now with a report: nothing to do
     (output / "report").mkdir()
     (output / "report" / "index.html").write_text("a report")
-    state = colorize_archive(str(small_archive), str(output), model=str(tiny_folder), return_state=True)
+    state = colorize_archive(
+        str(small_archive), str(output), model=str(tiny_folder), options={"report": False}, return_state=True
+    )
     artifacts = artifacts_of(run_of(state))
     assert set(artifacts) == {"diffcolor-summary"}
     assert f"report:  {output}/report/index.html\n" in artifacts["diffcolor-summary"].data

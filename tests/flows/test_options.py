@@ -77,7 +77,7 @@ def test_a_flow_gets_the_options_that_its_arguments_were_made_of():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"preset": "fast"}, {"limit": 0}, {"options": {"num_actors": 0}}, {"options": {"sed": 1}}],
+    [{"preset": "quick"}, {"limit": 0}, {"options": {"num_actors": 0}}, {"options": {"sed": 1}}],
 )
 def test_a_flow_refuses_what_cannot_be(wrong):
     with pytest.raises(Exception, match=next(iter(wrong.get("options", wrong)))):
