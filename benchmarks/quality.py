@@ -15,7 +15,8 @@ import matplotlib
 import typer
 
 from diffcolor_core import preset
-from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
+from diffcolor_core.model_files import DEMO_JUDGE
+from diffcolor_core.models import load_checkpoint
 from diffcolor_study.about import about
 from diffcolor_study.runner import run_study, summarise
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from diffcolor_core.color import lightness_to_gray
 from diffcolor_core.errors import ModelError
 from diffcolor_core.images import Scan, resize
-from diffcolor_core.models import BUNDLES, identify, resolve
+from diffcolor_core.model_files import BUNDLES, identify, resolve
 from diffcolor_core.prompts import CAPTION_MODEL
 
 MAX_SIDE_PX = 1024
@@ -34,7 +34,7 @@ _MEDIUM = re.compile(
 
 @dataclass(frozen=True)
 class Captioner:
-    """A loaded image-to-text model. model_id, model_revision: as `models.identify` gives them."""
+    """A loaded image-to-text model. model_id, model_revision: as `model_files.identify` gives them."""
 
     model: Any
     processor: Any
@@ -63,7 +63,7 @@ class Captioner:
 def load_captioner(model: str, *, device: str | torch.device = "cpu", revision: str | None = None) -> Captioner:
     """Load an image-to-text model from a local folder or the hub, in float32; safetensors only, no code of its own.
 
-    model: a folder, a hub id that `models.PINNED` lists, or "owner/name@commit". revision: what `identify(model)` gave
+    model: a folder, a hub id of `model_files.PINNED`, or "owner/name@commit". revision: what `identify(model)` gave
     earlier. Raises ModelError if there is no such model, or it is of another kind.
     """
     if model in BUNDLES:

@@ -159,14 +159,19 @@ def without_colors(prompt: str) -> str:
     return with_color_alone(prompt, colored_phrases(prompt, ""), None)
 
 
+def median_inside(region: Tensor, values: Tensor) -> list[float]:
+    """The median of values [C, h, w] where a region [h, w] is at least half, or else where it is most."""
+    medians: list[float] = values[:, region >= min(0.5, float(region.max()))].median(dim=1).values.tolist()
+    return medians
+
+
 def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> list[ColorReport]:
     """How well a picture, L*a*b* [3, h, w], obeys each coloured phrase in the phrase's region [P, h, w]."""
     reports = []
     for item, region in zip(phrases, regions, strict=True):
         if item.color is None:
             continue
-        inside = region >= min(0.5, float(region.max()))
-        lightness, a, b = lab[:, inside].median(dim=1).values.tolist()
+        lightness, a, b = median_inside(region, lab)
         hue, chroma, reachable = hue_of(item.color), math.hypot(a, b), None
         if hue is None:
             agreement = 1 - min(2.0, chroma / FULL_CHROMA)

@@ -127,8 +127,8 @@ class DiffColor:
 
         clip: the guidance CLIP, by default the folder's own `clip` or OpenAI's ViT-B/32. settings: a record or a
         preset's name; by default the one that suits the model (`preset_for`). dtype: what the networks compute in, as
-        `models.compute_dtype` takes it; what is trained stays float32. revision: what `models.identify(model)` gave
-        before, so that a folder is not hashed again. Raises ModelError (see `models.load_checkpoint`), and
+        `models.compute_dtype` takes it; what is trained stays float32. revision: what `identify(model)` gave before, so
+        that a folder is not hashed again. Raises ModelError (see `models.load_checkpoint`), and
         ValueError for an unknown preset or dtype.
         """
         chosen = preset(settings) if isinstance(settings, str) else settings

@@ -258,8 +258,6 @@ def with_changes(
     """Chroma [2, h, w] in which only what the prompt changes differs from `base_chroma`, and steered nouns obey [O]."""
     settings = fitted.fit.settings
     changed = [phrase.changed for phrase in phrases]
-    if not any(changed) and not settings.stage2.keep_unchanged:
-        return chroma
 
     def along_edges(region: Tensor) -> Tensor:
         if not settings.alignment.propagate:
@@ -299,6 +297,7 @@ def prompt_parts(fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhra
     if not fitted.fit.settings.stage2.regional_prompts or len({*colors} - {None}) < 2:
         return [(prompt, torch.ones(fitted.fit.lightness.shape[-2:]))]
     regions = fitted.regions(prompt, phrases)
+    regions = regions / regions.sum(dim=0)  # noun regions leave some to none of the nouns
     parts = []
     for color in dict.fromkeys(colors):
         text = prompt if color is None else with_color_alone(prompt, phrases, color)

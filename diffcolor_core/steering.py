@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffcolor_core.color_terms import ColoredPhrase, exact_chroma, hue_of
+from diffcolor_core.color_terms import ColoredPhrase, exact_chroma, hue_of, median_inside
 
 WORD_CHROMA = 16.0
 """C*ab of a word's colour: the mean of what the captions of 1,000 glass plates call red, green, blue and so on."""
@@ -36,5 +36,7 @@ def steered_to(item: ColoredPhrase, region: Tensor, chroma: Tensor, *, words: bo
 
 
 def _contradicts(hue: float | None, region: Tensor, chroma: Tensor) -> bool:
-    a, b = chroma[:, region >= min(0.5, float(region.max()))].median(dim=1).values.tolist()
-    return hue is not None and abs((math.degrees(math.atan2(b, a)) - hue + 180) % 360 - 180) > FAR_DEGREES
+    if hue is None:
+        return False
+    a, b = median_inside(region, chroma)
+    return abs((math.degrees(math.atan2(b, a)) - hue + 180) % 360 - 180) > FAR_DEGREES

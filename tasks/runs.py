@@ -57,7 +57,8 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
     whole_archive = isinstance(asked, RunOptions)
     required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
     with open_plan(read_catalog(source, options.catalog, required)) as plan:
-        from diffcolor_core.models import BUNDLES, identify, resolve, trained_bytes  # slow: torch
+        from diffcolor_core.model_files import BUNDLES, identify, resolve
+        from diffcolor_core.models import trained_bytes  # slow: torch
 
         if options.caption is not None:
             resolve(options.caption)

@@ -84,7 +84,8 @@ def study(
         raise fail(f"`study` needs {error.name}: pip install 'diffcolor-archive[study]'", 2) from error
     from diffcolor_core import __version__, preset as settings_preset
     from diffcolor_core.config import preset_for
-    from diffcolor_core.models import DEMO_JUDGE, load_checkpoint
+    from diffcolor_core.model_files import DEMO_JUDGE
+    from diffcolor_core.models import load_checkpoint
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]
     if methods == ["list"]:

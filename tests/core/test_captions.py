@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import captions, models, read_scan
+from diffcolor_core import captions, read_scan
 from diffcolor_core.captions import MAX_SIDE_PX, caption_input, load_captioner, without_medium
 from diffcolor_core.errors import ModelError
+from diffcolor_core.model_files import PINNED, identify
 from diffcolor_core.prompts import CAPTION_MODEL
 
 
@@ -24,7 +25,7 @@ def test_a_caption_for_each_picture_of_a_batch_in_its_order(tiny_blip):
     assert captioner.captions(pictures) == [church, boat, boat, church, church]
     assert captioner.captions(pictures[:1]) == [church]
     assert captioner.model_id == str(tiny_blip)
-    assert captioner.model_revision == models.identify(str(tiny_blip))[1]
+    assert captioner.model_revision == identify(str(tiny_blip))[1]
     assert not any(parameter.requires_grad for parameter in captioner.model.parameters())
 
 
@@ -69,7 +70,7 @@ def test_the_default_is_asked_for_at_its_pinned_commit_and_as_safetensors(monkey
     with pytest.raises(ModelError, match="cannot load .*no network here"):
         load_captioner(CAPTION_MODEL)
     options = asked[CAPTION_MODEL]
-    assert options["revision"] == models.PINNED[CAPTION_MODEL]
+    assert options["revision"] == PINNED[CAPTION_MODEL]
     assert options["use_safetensors"] is True
     assert options["trust_remote_code"] is False
     with pytest.raises(ModelError, match="needs a pinned revision"):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffcolor_core.models import identify
+from diffcolor_core.model_files import identify
 from flows.cli import app
 from flows.colorize_archive import colorize_archive
 from tasks.manifest import query

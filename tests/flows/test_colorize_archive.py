@@ -349,7 +349,7 @@ def test_a_run_that_cannot_start_says_why(small_archive, tiny_folder, tmp_path, 
 def test_a_model_that_changed_under_the_run_fails_it(small_archive, tiny_folder, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    monkeypatch.setattr("diffcolor_core.models.identify", lambda model: (model, "sha256:other"))
+    monkeypatch.setattr("diffcolor_core.model_files.identify", lambda model: (model, "sha256:other"))
     with pytest.raises(Exception, match="here, not at sha256:other"):
         colorize_archive(archive=str(small_archive), output=str(tmp_path / "out"), model=str(folder))
 
@@ -411,7 +411,7 @@ def test_a_run_that_is_open_is_not_prepared_again(small_archive, tiny_folder, tm
     """As a command does: it checks what it is asked for, and the flow goes on with what has been read."""
     options = RunOptions(archive=str(small_archive), output=str(tmp_path / "out"), model=str(tiny_folder), limit=1)
     with open_run(options):
-        monkeypatch.setattr("diffcolor_core.models.identify", None)
+        monkeypatch.setattr("diffcolor_core.model_files.identify", None)
         monkeypatch.setattr("tasks.runs.read_catalog", None)
         monkeypatch.setattr("tasks.runs.settings_preset", None)
         assert colorize_archive(**flow_arguments(options))["quarantined"] == 1

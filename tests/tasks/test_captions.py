@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffcolor_core.captions import Captioner
 from diffcolor_core.errors import ModelError
-from diffcolor_core.models import identify
+from diffcolor_core.model_files import identify
 from tasks import captions
 from tasks.archive import read_catalog
 from tasks.captions import caption_archive

@@ -36,7 +36,7 @@ RED = [CatalogRow(1, "a.png", "a ball", "a red ball")]
 
 @pytest.fixture
 def config(tmp_path, tiny_folder):
-    from diffcolor_core.models import identify
+    from diffcolor_core.model_files import identify
 
     model_id, model_revision = identify(str(tiny_folder))
     (tmp_path / "in").mkdir()

@@ -174,7 +174,7 @@ def test_a_cluster_is_not_asked(config):
 
 
 def test_a_trial_measures_three_images_and_leaves_nothing(config, output, tiny_folder):
-    from diffcolor_core.models import identify
+    from diffcolor_core.model_files import identify
 
     model_id, model_revision = identify(str(tiny_folder))
     config = with_options(config, model=str(tiny_folder), device="cpu", num_actors=os.cpu_count())

@@ -12,7 +12,8 @@ from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
 from diffcolor_core.color import lightness_of, lock_luminance
 from diffcolor_core.config import preset
-from diffcolor_core.models import BUNDLES, load_checkpoint
+from diffcolor_core.model_files import BUNDLES
+from diffcolor_core.models import load_checkpoint
 from diffcolor_core.prompts import noun_phrases
 from diffcolor_core.regions import phrase_regions
 from diffcolor_core.stage2 import reconstruction_loss

@@ -10,7 +10,8 @@ from PIL import Image
 
 from diffcolor_core import DiffColor
 from diffcolor_core.config import preset
-from diffcolor_core.models import BUNDLES, load_checkpoint
+from diffcolor_core.model_files import BUNDLES
+from diffcolor_core.models import load_checkpoint
 from diffcolor_study.photographs import run_photographs
 
 PHOTO = BUNDLES["photo"].parent
