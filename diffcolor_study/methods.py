@@ -91,6 +91,7 @@ METHODS: dict[str, Method] = {
     "negative-empty": Method(_with(stage2={"negative_context": False}), "an empty negative prompt, as the author's"),
     "no-regional": Method(_with(stage2={"regional_prompts": False}), "one prompt for the whole picture"),
     "no-keep": Method(_with(stage2={"keep_unchanged": False}), "unchanged nouns are generated anew"),
+    "no-gain": Method(_with(prior_gain=1.0), "the colour prior's chroma as it is"),
     "no-steering": Method(_with(stage2={"steer_words": False}), "what the model made of a word stays"),
     "no-projection": Method(_with(sampling={"project_luminance": False}), "without luminance projection"),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
