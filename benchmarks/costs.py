@@ -1,6 +1,6 @@
 """What fits, recolourings and large scans cost in time and memory.
 
-python -m benchmarks.costs recolor --json benchmarks/results/costs.json                          (2 minutes)
+python -m benchmarks.costs recolor --json benchmarks/results/costs.json                          (3 minutes)
 python -m benchmarks.costs recolor --preset paper --scenes 1 --json benchmarks/results/costs.json  (8 minutes)
 python -m benchmarks.costs large --json benchmarks/results/costs.json                            (3 minutes)
 python -m benchmarks.costs assembly --json benchmarks/results/costs.json                         (3 minutes)

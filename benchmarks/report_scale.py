@@ -1,6 +1,6 @@
 """The report of large archives: time to build it again from existing thumbnails, memory, time to open it.
 
-python -m benchmarks.report_scale build --json benchmarks/results/scale.json    (3 minutes)
+python -m benchmarks.report_scale build --json benchmarks/results/scale.json    (8 minutes)
 python -m benchmarks.report_scale open --json benchmarks/results/scale.json     (30 seconds; needs Chromium)
 """
 

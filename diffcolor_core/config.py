@@ -41,7 +41,7 @@ class Stage1Settings(_Record):
     """Largest t drawn, as a part of the schedule; 1 is all of it [P]. In strong noise CLIP sees a blur [O]."""
     recompute: bool = False
     """Compute the blocks of UNet and VAE decoder again in the backward pass [O], instead of keeping what is inside
-    them: a third more operations, and much less memory. Results are the same."""
+    them: about 30% more operations, and much less memory. Results are the same."""
     num_views: int = Field(0, ge=0)
     """Random crops, flips and noisy copies that CLIP judges too, against colours that only CLIP likes [O]; 0 is [P]."""
     stop_below: float = Field(0.0, ge=0)

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 PARTS = {
     "vae": "VAE: squared error",
     "prior": "colour prior: squared error",
+    "regions": "noun regions: cross entropy",
     "clip": "guidance CLIP: cross entropy",
     "unet": "UNet: v error",
 }
@@ -24,7 +25,7 @@ def main(
 ) -> None:
     """Draw one panel for each part that has a curve."""
     parts = {part: title for part, title in PARTS.items() if (checkpoints / f"{part}.losses.csv").exists()}
-    figure, axes = plt.subplots(1, len(parts), figsize=(11, 2.8))
+    figure, axes = plt.subplots(1, len(parts), figsize=(2.8 * len(parts), 2.8))
     for axis, (part, title) in zip(axes, parts.items(), strict=True):
         with (checkpoints / f"{part}.losses.csv").open() as file:
             curve = {int(step): float(loss) for step, loss, _ in csv.reader(file)}  # a resumed step counts once

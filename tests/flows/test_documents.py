@@ -38,7 +38,10 @@ def demo(small_archive, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFCOLOR_MODEL", str(tiny_folder))
     (tmp_path / "examples").mkdir()
-    small_archive.rename(tmp_path / "examples" / "archive")
+    archive = small_archive.rename(tmp_path / "examples" / "archive")
+    (archive / "scan 0.png").rename(archive / "01-ball-and-bottle.png")  # as in the repository's
+    catalog = archive / "catalog.csv"
+    catalog.write_text(catalog.read_text().replace("scan 0.png", "01-ball-and-bottle.png"))
     return Store("out/demo")
 
 
