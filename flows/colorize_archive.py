@@ -28,7 +28,7 @@ from tasks.manifest import publish_results
 from tasks.metrics import RunMetrics
 from tasks.options import RunOptions, flow_parameters
 from tasks.planning import shard_sizes
-from tasks.progress import RunProgress, captions_shown
+from tasks.progress import Logger, RunProgress, captions_shown
 from tasks.report import write_report
 from tasks.runs import Run, open_run
 from tasks.shards import colorize_shard
@@ -115,7 +115,7 @@ def colorize(run: Run, watch: Watched) -> dict[str, int]:
     return summary
 
 
-def _report(output: Store, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+def _report(output: Store, logger: Logger) -> None:
     """Write the report. If that fails the run has succeeded all the same, and the log says how to write it."""
     try:
         done = write_report(output)

@@ -30,7 +30,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.urls import url_for
 
 from tasks.layout import REPORT_PAGE
-from tasks.progress import RunProgress, visible
+from tasks.progress import Logger, RunProgress, visible
 from tasks.records import RunConfig
 from tasks.storage import Store
 
@@ -40,8 +40,6 @@ ENOUGH_IMAGES = 50
 """Before the end of a run its share of quarantined images counts only once so many are done."""
 MAX_CHARACTERS = 300
 """Of a key or a message in an artifact or a notification."""
-
-Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 # ------------------------------------------------------------------ names

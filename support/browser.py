@@ -5,9 +5,10 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -25,7 +26,7 @@ class NoBrowserError(RuntimeError):
 def chromium(*, install: bool = False) -> str:
     """The path of Chromium. install: install it if it is missing (Debian, root). Raises NoBrowserError."""
     if install and not any(map(shutil.which, PROGRAMS)):
-        _install()
+        install(["chromium"], NoBrowserError)
     found = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if found is None:
         raise NoBrowserError("no Chromium here: set DIFFCOLOR_TEST_BROWSER=1 to have it installed (Debian, root)")
@@ -58,6 +59,29 @@ def watch(page: Page, *origins: str) -> list[str]:
     return problems
 
 
+@contextmanager
+def pages(chrome: Browser, *origins: str) -> Iterator[Callable[..., Page]]:
+    """Yields what opens a report at an address, as somebody who has never seen it, and waits until it is shown.
+
+    At the end nothing must have been logged, and nothing asked of others than `origins`.
+    """
+    contexts, problems = [], []
+
+    def open_page(address: str, **options: Any) -> Page:
+        context = chrome.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        problems.append(watch(page, *origins))
+        page.goto(address)
+        wait_for(page, "diffcolor.loaded")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for some in problems for problem in some] == []
+
+
 def wait_for(page: Page, expression: str) -> None:
     """Wait until the expression holds. Playwright's own waiting evaluates text in the page, which reports forbid."""
     if not wait_until(lambda: bool(page.evaluate(expression)), 60):
@@ -82,13 +106,3 @@ def axe_core() -> str:
             file.write_bytes(member.read())
         packed.unlink()
     return file.read_text(encoding="utf-8")
-
-
-def _install() -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise NoBrowserError("needs chromium: install it, or run as root on Debian")
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in ("apt-get update -qq", "apt-get install -y -qq --no-install-recommends chromium"):
-        done = subprocess.run(command.split(), env=quiet, capture_output=True, check=False)
-        if done.returncode:
-            raise NoBrowserError(f"{command}: {done.stderr.decode(errors='replace')[-300:]}")

@@ -68,7 +68,7 @@ def start(folder: Path, port: int, *, install: bool = True) -> dict[str, str]:
     if not all(map(shutil.which, PROGRAMS)):
         if not install:
             raise NoServerError(f"no {PACKAGES[-1]} here: set DIFFCOLOR_TEST_S3=1 to have it installed (Debian, root)")
-        _install()
+        install(PACKAGES, NoServerError)
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
     fsid = str(uuid.uuid4())
@@ -120,16 +120,6 @@ def stop(folder: Path) -> None:
         number = int(file.read_text().strip() or 0)
         if number and psutil.pid_exists(number):
             os.kill(number, signal.SIGKILL)  # its data is in memory only, so there is nothing to flush
-
-
-def _install() -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise NoServerError(f"needs {', '.join(PACKAGES)}: install them, or run as root on Debian")
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in ("apt-get update -qq", f"apt-get install -y -qq --no-install-recommends {' '.join(PACKAGES)}"):
-        done = subprocess.run(command.split(), env=quiet, capture_output=True, check=False)
-        if done.returncode:
-            raise NoServerError(f"{command}: {done.stderr.decode(errors='replace')[-300:]}")
 
 
 def _monitor(config: Path) -> str:

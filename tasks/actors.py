@@ -85,8 +85,9 @@ class PooledActor:
             out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
             raise ActorGoneError(reason, self._lost_its_node(), out_of_memory) from None
         finally:
-            with suppress(ray.exceptions.RayError):  # a killed actor has taken its logs with it
-                relay([] if logs is None else ray.get(logs, timeout=10))
+            if logs is not None:
+                with suppress(ray.exceptions.RayError):  # a killed actor has taken its logs with it
+                    relay(ray.get(logs, timeout=10))
 
     def _lost_its_node(self) -> bool:
         """Whether its machine is gone. Ray knows once it has restarted the actor, or has missed the machine."""

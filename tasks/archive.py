@@ -217,6 +217,11 @@ def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or (value != value)  # NaN
 
 
+def as_text(value: object) -> str:
+    """A catalog column's value as a table shows it: text as it is, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _json_value(value: object) -> str:
     """Values of Parquet that JSON does not have, as text: bytes in hexadecimal, dates in ISO 8601, decimals exactly."""
     if isinstance(value, bytes):

@@ -28,7 +28,7 @@ import torch
 from diffcolor_core import read_scan
 from diffcolor_core.captions import Captioner, caption_input, load_captioner
 from diffcolor_core.progress import Progress, silent
-from tasks.archive import COLUMNS, CatalogRow, image_keys, read_catalog
+from tasks.archive import COLUMNS, CatalogRow, as_text, image_keys, read_catalog
 from tasks.colorize import MAX_FILE_BYTES
 from tasks.errors import CatalogError
 from tasks.layout import CATALOG, RUNS, TEMPORARY
@@ -88,6 +88,7 @@ def caption_archive(
                 proposals |= {proposal.image: proposal for proposal in batch}
                 progress("captions", len(waiting) - len(lacking - proposals.keys()), len(waiting))
     finally:
+        rows, archived = _rows(source, catalog, out)  # again: a person may have edited the catalog meanwhile
         _write(target, name, rows, archived, proposals)
     done = Counter("failed" if proposals[image].text is None else "captioned" for image in lacking)
     return done + Counter({"before": len(images) - len(lacking)})
@@ -214,7 +215,7 @@ def _write(
 
 def _record(row: CatalogRow, archived: set[tuple[str, str | None]], proposal: Proposal | None) -> dict[str, str | None]:
     """A row as it is written: with the proposal if it lacks a caption, else with where its caption is from."""
-    others = {name: _as_text(value) for name, value in _others(row).items()}
+    others = {name: as_text(value) for name, value in _others(row).items()}
     text, proposed, source = row.context_prompt, others.get(PROPOSED), others.get(SOURCE)
     if _lacks_caption(row):
         if proposal is not None:
@@ -233,7 +234,3 @@ def _source(text: str | None, proposed: str | None, source: str | None, is_archi
     if is_archived:
         return "archive"
     return source if source not in (None, "archive") else "person"
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

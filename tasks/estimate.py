@@ -20,14 +20,17 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from duckdb import DuckDBPyConnection
 
 from diffcolor_core import UnreadableImageError
 from diffcolor_core.decoding import read_size
 from diffcolor_core.formats import SUFFIX
+from diffcolor_core.progress import Progress, silent
 from tasks.actors import placement
+from tasks.archive import read_catalog
 from tasks.colorize import MAX_FILE_BYTES, ImageWorker
 from tasks.errors import EstimateError, InvalidKeyError, NoManifestError, UnsafeFileError
-from tasks.layout import FIT_FILES, key_of
+from tasks.layout import CATALOG, FIT_FILES, fit_folder
 from tasks.lease import run_records
 from tasks.manifest import commit_part, connect
 from tasks.options import MachineOptions
@@ -63,7 +66,7 @@ class Estimate:
     picture_bytes: int
     """Of pictures and primaries, without access copies."""
     picture_bytes_from: str
-    fit_bytes: int | None
+    fit_bytes: int
     fit_bytes_from: str
     seconds: float | None
     """Of all images one after the other on one actor."""
@@ -119,7 +122,7 @@ def estimate(
     seconds_per_image: float | None = None,
     probe: bool = False,
     price_per_gpu_hour: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Estimate:
     """What the run would do if it began now. Nothing is written to its output.
 
@@ -129,9 +132,13 @@ def estimate(
     """
     config, output = run.config, Store(run.config.options.output)
     num_actors, share = _machines(config.options)
+    if config.options.caption is not None and output.has(CATALOG):  # what the run has captioned before
+        run.plan.replace_catalog(read_catalog(Store(config.options.archive), output.uri(CATALOG)) or ())
     run.plan.fill(config)
-    work = _look_through(run, progress)
-    rates, measured_from = _measured(output, config), "this output's medians for the same model and settings"
+    manifest = _manifest(output)
+    work = _look_through(run, manifest, progress)
+    rates = _measured(manifest, _same_generations(output, config), config)
+    measured_from = "this output's medians for the same model and settings"
     if probe and work.trials:
         trial, measured_from = _try_out(config, work.trials, num_actors, share), f"a trial of {len(work.trials)} images"
         rates = trial._replace(bytes_per_pixel=rates.bytes_per_pixel or trial.bytes_per_pixel)
@@ -143,7 +150,7 @@ def estimate(
     else:
         seconds = rates.seconds(work)
     gpu_hours = None if seconds is None else seconds * share / 3600
-    keeps = config.options.keep_fits is not False  # undecided before a run opens
+    keeps = config.options.keep_fits
     ends_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds / num_actors)
     return Estimate(
         images_new=work.new,
@@ -154,8 +161,8 @@ def estimate(
         variants_done=run.plan.done_before,
         picture_bytes=round(work.picture_pixels * (rates.bytes_per_pixel or UNCOMPRESSED_BYTES_PER_PIXEL)),
         picture_bytes_from="medians" if rates.bytes_per_pixel else "an upper bound: uncompressed, 16 bits",
-        fit_bytes=_total_fit_bytes(work, rates) if keeps else 0,
-        fit_bytes_from=("medians" if rates.fit_bytes else "no fit of this model was kept") if keeps else "not kept",
+        fit_bytes=round(work.fits.total() * (rates.fit_bytes or config.fit_bytes)) if keeps else 0,
+        fit_bytes_from=("medians" if rates.fit_bytes else "the weights that are trained") if keeps else "not kept",
         seconds=seconds,
         seconds_from=measured_from,
         num_actors=num_actors,
@@ -179,34 +186,36 @@ def _nearest(rates: dict[int, float], size: int) -> float:
     return rates[min(rates, key=lambda known: (abs(known - size), known))] if rates else 0.0
 
 
-def _total_fit_bytes(work: _Work, rates: _Rates) -> int | None:
-    if not work.fits:
-        return 0
-    return None if rates.fit_bytes is None else round(work.fits.total() * rates.fit_bytes)
-
-
 # ------------------------------------------------------------------ what is to be done
 
 
-def _look_through(run: Run, progress: Callable[[int, int], None]) -> _Work:
+def _manifest(output: Store) -> DuckDBPyConnection | None:
+    try:
+        return connect(output)
+    except NoManifestError:
+        return None
+
+
+def _look_through(run: Run, manifest: DuckDBPyConnection | None, progress: Progress) -> _Work:
     """Read the header of every image that is to be done."""
     options, work, draw = run.config.options, _Work(), random.Random(0)
     archive, output = Store(options.archive), Store(options.output)
     images, done = run.plan.images(), 0
-    with ThreadPoolExecutor(NUM_READERS) as pool, warnings.catch_warnings():
+    num_readers = 1 if archive.is_archive_file else NUM_READERS  # tar files cannot be read by several threads
+    with ThreadPoolExecutor(num_readers) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged metadata
-        fits = _kept_fits(output, run.config)
+        contents = _known_contents(manifest)
         while batch := list(islice(images, 16 * NUM_READERS)):
-            looks = pool.map(partial(_look, archive, output), batch, fits(batch))
+            looks = pool.map(partial(_look, archive, output, run.config), batch, contents(batch))
             for planned, (pixels, problem, has_fit) in zip(batch, looks, strict=True):
                 _count(work, planned, pixels, problem, has_fit, draw)
             done += len(batch)
-            progress(done, run.plan.num_images)
+            progress("headers", done, run.plan.num_images)
     return work
 
 
 def _look(
-    archive: Store, output: Store, planned: PlannedImage, fit_uri: str | None
+    archive: Store, output: Store, config: RunConfig, planned: PlannedImage, sha256: str | None
 ) -> tuple[int, Exception | None, bool]:
     """(pixels, why the image cannot be used, whether its fit is there)."""
     if planned.work.problem is not None:
@@ -219,7 +228,10 @@ def _look(
             width_px, height_px = read_size(file)
     except (UnreadableImageError, InvalidKeyError, UnsafeFileError, FileNotFoundError) as error:
         return 0, error, False
-    has_fit = fit_uri is not None and all(output.has(f"{key_of(fit_uri)}/{name}") for name in FIT_FILES)
+    has_fit = False
+    if sha256 is not None:
+        folder = fit_folder(sha256, config.fit_sha256(planned.work.context_prompt))
+        has_fit = all(output.has(f"{folder}/{name}") for name in FIT_FILES)
     return width_px * height_px, None, has_fit
 
 
@@ -250,57 +262,51 @@ def _count(
         work.trials[place] = planned
 
 
-def _kept_fits(output: Store, config: RunConfig) -> Callable[[list[PlannedImage]], list[str | None]]:
-    """What tells where the fits of planned images were kept by runs with the same model and settings."""
-    try:
-        connection = connect(output)
-    except NoManifestError:
+def _known_contents(manifest: DuckDBPyConnection | None) -> Callable[[list[PlannedImage]], list[str | None]]:
+    """What tells the SHA-256 of planned images that some run has read in their present version."""
+    if manifest is None:
         return lambda batch: [None] * len(batch)
-    connection.execute(
-        """create temp table kept as
-        select image_key, context_prompt, input_version, arg_max(fit_uri, generation) as uri from attempts
-        where fit_uri is not null and list_contains($same, generation) group by all""",
-        {"same": _same_generations(output, config)},
+    manifest.execute(
+        """create temp table known as
+        select image_key, input_version, arg_max(input_sha256, generation) as sha256 from attempts
+        where input_sha256 is not null group by all"""
     )
 
-    def fits(batch: list[PlannedImage]) -> list[str | None]:
-        works = [planned.work for planned in batch]
+    def contents(batch: list[PlannedImage]) -> list[str | None]:
         columns = {
-            "number": range(len(works)),
-            "image_key": [work.image_key for work in works],
-            "context_prompt": [work.context_prompt for work in works],
-            "input_version": [work.version for work in works],
+            "number": pa.array(range(len(batch)), pa.int64()),
+            "image_key": pa.array([planned.work.image_key for planned in batch], pa.string()),
+            "input_version": pa.array([planned.work.version for planned in batch], pa.string()),
         }
-        types = (pa.int64(), pa.string(), pa.string(), pa.string())
-        arrays = [pa.array(values, kind) for values, kind in zip(columns.values(), types, strict=True)]
-        connection.register("wanted", pa.table(dict(zip(columns, arrays, strict=True))))
+        manifest.register("wanted", pa.table(columns))
         found: dict[int, str] = dict(
-            connection.execute(
-                "select number, uri from wanted join kept using (image_key, context_prompt, input_version)"
-            ).fetchall()
+            manifest.execute("select number, sha256 from wanted join known using (image_key, input_version)").fetchall()
         )
-        connection.unregister("wanted")
-        return [found.get(number) for number in range(len(works))]
+        manifest.unregister("wanted")
+        return [found.get(number) for number in range(len(batch))]
 
-    return fits
+    return contents
 
 
 # ------------------------------------------------------------------ what it takes
 
 
 def _same_generations(output: Store, config: RunConfig) -> list[int]:
-    """The runs on this output that had the same model and settings."""
-    mine = config.record()
-    same = ("model_id", "model_revision", "settings")
-    wanted = json.loads(json.dumps({name: mine[name] for name in same}))
-    return [number for number, record in run_records(output) if {name: record.get(name) for name in same} == wanted]
+    """The runs on this output that had the same model, settings and dtype."""
+
+    def shaped(record: dict[str, Any]) -> dict[str, Any]:
+        return {"dtype": "auto"} | {name: record[name] for name in _SHAPES_TIME if name in record}
+
+    mine = shaped(json.loads(json.dumps(config.record())))
+    return [number for number, record in run_records(output) if shaped(record) == mine]
 
 
+_SHAPES_TIME = ("model_id", "model_revision", "settings", "dtype")
 _SECONDS = """
     with images as (
         select any_value(fit_reused) as reused, any_value(width_px::bigint * height_px) as pixels,
             epoch(max(finished_at)) - epoch(min(started_at)) as wall, sum(sampling_seconds) as sampling,
-            any_value(stage1_seconds + coalesce(stage2_seconds, 0)) as fit, count(*) as variants
+            any_value(stage1_seconds + stage2_seconds) as fit, count(*) as variants
         from attempts
         where status = 'ok' and adopted_from is null and list_contains($same, generation) and width_px is not null
         group by generation, image_key, context_prompt
@@ -311,22 +317,19 @@ _SECONDS = """
 """
 
 
-def _measured(output: Store, config: RunConfig, same: list[int] | None = None) -> _Rates:
-    """The medians of the runs `same`: by default, of those with the same model and settings."""
-    same = _same_generations(output, config) if same is None else same
-    try:
-        connection = connect(output)
-    except NoManifestError:
+def _measured(manifest: DuckDBPyConnection | None, same: list[int], config: RunConfig) -> _Rates:
+    """The medians of the runs `same`."""
+    if manifest is None:
         return _Rates({}, {}, {}, None, None, 0)
-    rows = connection.execute(_SECONDS, {"same": same}).fetchall()
+    rows = manifest.execute(_SECONDS, {"same": same}).fetchall()
     fit, sampling, other = (
         {row[0]: max(0.0, row[column]) for row in rows if row[column] is not None} for column in (1, 2, 3)
     )
     (fit_bytes,) = _one(
-        connection, "select median(fit_bytes) from attempts where list_contains($same, generation)", same=same
+        manifest, "select median(fit_bytes) from attempts where list_contains($same, generation)", same=same
     )
     (per_pixel,) = _one(
-        connection,
+        manifest,
         """select median(output_bytes / (width_px::bigint * height_px)) from attempts
         where status = 'ok' and ends_with(output_uri, $suffix)""",
         suffix=SUFFIX[config.options.image_format],
@@ -334,8 +337,10 @@ def _measured(output: Store, config: RunConfig, same: list[int] | None = None) -
     return _Rates(fit, sampling, other, fit_bytes, per_pixel, sum(row[4] for row in rows))
 
 
-def _one(connection: Any, sql: str, **parameters: Any) -> tuple[Any, ...]:
-    return tuple(connection.execute(sql, parameters).fetchone())
+def _one(manifest: DuckDBPyConnection, sql: str, **parameters: Any) -> tuple[Any, ...]:
+    row = manifest.execute(sql, parameters).fetchone()
+    assert row is not None  # medians are one row
+    return row
 
 
 def _try_out(config: RunConfig, images: Iterable[PlannedImage], num_actors: int, share: float) -> _Rates:
@@ -352,4 +357,4 @@ def _try_out(config: RunConfig, images: Iterable[PlannedImage], num_actors: int,
         if not any(row["status"] == "ok" for row in rows):
             raise EstimateError(f"no image of the trial could be colorized: {rows[0]['error_message']}")
         commit_part(Store(folder), "trial", rows)
-        return _measured(Store(folder), config, [1])
+        return _measured(_manifest(Store(folder)), [1], config)

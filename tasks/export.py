@@ -22,6 +22,8 @@ import duckdb
 from diffcolor_core import Picture, __version__
 from diffcolor_core.decoding import decode
 from diffcolor_core.formats import SUFFIX, ImageFormat, encode
+from diffcolor_core.progress import Progress, silent
+from tasks.archive import as_text
 from tasks.errors import ExportError
 from tasks.layout import EXPORT_TABLE, TEMPORARY, key_of
 from tasks.lease import last_record
@@ -69,7 +71,7 @@ def export(
     where: str | None = None,
     image_format: ImageFormat | None = None,
     bag: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Exported:
     """Copy the pictures of `results` to `destination`, with `EXPORT_TABLE`; nothing if none matches.
 
@@ -106,7 +108,7 @@ def export(
                         outcomes[copied.outcome] += 1
                         if copied.outcome == "in the way":
                             in_the_way.append(row["file"])
-                        progress(outcomes.total(), total)
+                        progress("pictures", outcomes.total(), total)
             if in_the_way:
                 raise ExportError(
                     f"{len(in_the_way)} of {total} pictures have the name of another file in {destination.url!r}, such "
@@ -264,8 +266,7 @@ def _table(file: IO[bytes], catalog: list[str]) -> Iterator[Callable[[Row, str],
     def add(row: Row, sha256: str) -> None:
         extra = json.loads(row["catalog_columns"] or "{}")
         values = (extra.get(name, "") for name in catalog)
-        texts = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)
-        writer.writerow([*(sha256 if name == "sha256" else row[name] for name in TABLE_COLUMNS), *texts])
+        writer.writerow([*(sha256 if name == "sha256" else row[name] for name in TABLE_COLUMNS), *map(as_text, values)])
 
     yield add
     text.detach()

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
+from functools import cache
 from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
@@ -52,10 +53,16 @@ class _JsonLines(JsonFormatter):
         )
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-        secrets = {value for value in secrets if len(value) >= _MIN_SECRET_CHARACTERS}
         ordered = {"time": log_data["time"]} | log_data
+        secrets = _secrets(frozenset(os.environ.items()))
         return {name: _without(secrets, value) for name, value in ordered.items()}
+
+
+@cache
+def _secrets(environment: frozenset[tuple[str, str]]) -> tuple[str, ...]:
+    """The values that must not be shown, the longest first."""
+    named = {value for name, value in environment if _SECRET_NAME.search(name)}
+    return tuple(sorted((value for value in named if len(value) >= _MIN_SECRET_CHARACTERS), key=len, reverse=True))
 
 
 def _without(secrets: Iterable[str], value: Any) -> Any:
@@ -66,7 +73,7 @@ def _without(secrets: Iterable[str], value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without(secrets, part) for part in value]
     text = value.isoformat() if isinstance(value, datetime) else str(value)
-    for secret in sorted(secrets, key=len, reverse=True):
+    for secret in secrets:
         text = text.replace(secret, "***")
     return _SIGNED_URL.sub(r"\1***", _USER_IN_URL.sub(r"\1***@", text))
 

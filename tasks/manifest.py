@@ -117,10 +117,7 @@ _COLUMNS = (
     _Column("total_seconds", pa.float64(), "The fit and this variant, with assembly, metrics and writing.", "s"),
     _Column("device_name", pa.string(), "Name of the GPU, or the processor."),
     _Column(
-        "peak_memory_bytes",
-        pa.int64(),
-        "Peak GPU memory; on a CPU, the actor's peak resident memory so far.",
-        "B",
+        "peak_memory_bytes", pa.int64(), "Peak GPU memory; on a CPU, the actor's peak resident memory so far.", "B"
     ),
     _Column("node", pa.string(), "Host name of the machine."),
     _Column("started_at", _TIME, "When work on the image began.", nullable=False),

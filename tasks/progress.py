@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from diffcolor_core.progress import Progress as Show
 from tasks.metrics import RunMetrics
 
+Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 each_image = logging.getLogger(__name__)
 LOG_EVERY_SECONDS = 30.0
 MAX_LISTED = 100
@@ -26,9 +28,16 @@ def visible(text: str) -> str:
 
 
 @contextmanager
-def captions_shown(
-    console: Console, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]
-) -> Iterator[Callable[[str, int, int], None]]:
+def counted(console: Console, text: str) -> Iterator[Show]:
+    """Shows how far long work is, as a bar with `text` before it: yields what the work is to call."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+        line = bar.add_task("", total=None)
+        yield lambda _, done, total: bar.update(line, completed=done, total=total)
+
+
+@contextmanager
+def captions_shown(console: Console, logger: Logger) -> Iterator[Show]:
     """Shows how many images have been captioned: yields what `caption_archive` is to call."""
     last = time.monotonic()
 
@@ -41,10 +50,8 @@ def captions_shown(
     if not console.is_terminal:
         yield log
         return
-    columns = (TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        line = bar.add_task("", total=None)
-        yield lambda _, done, total: bar.update(line, completed=done, total=total)
+    with counted(console, "captioning") as show:
+        yield show
 
 
 class RunProgress:
@@ -53,9 +60,7 @@ class RunProgress:
     Without warnings in the log, there is no bar either: such a run is meant to be quiet.
     """
 
-    def __init__(
-        self, num_images: int, logger: logging.Logger | logging.LoggerAdapter[logging.Logger], metrics: RunMetrics
-    ) -> None:
+    def __init__(self, num_images: int, logger: Logger, metrics: RunMetrics) -> None:
         self.num_images, self.logger, self.metrics = num_images, logger, metrics
         self.counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()

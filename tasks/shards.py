@@ -45,9 +45,9 @@ def colorize_shard(
                 for number, planned in enumerate(shard.images, 1):
                     with about(shard=shard.number, image=planned.work.image_key, attempt=max(planned.attempts)):
                         rows = colorize_on(pool, config, planned)
+                        pending += rows
+                        counts.update(row["status"] for row in rows)
                         progress.image_done(rows)
-                    pending += rows
-                    counts.update(row["status"] for row in rows)
                     due = time.monotonic() - committed_at > COMMIT_SECONDS
                     if number % config.options.commit_every == 0 or due:
                         commit()

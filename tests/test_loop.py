@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flows.cli import app
-from support.browser import wait_for, watch
+from support.browser import pages, wait_for
 from support.pictures import gray_picture
 from support.runs import ROOT
 from tasks.layout import EXPORT_TABLE
@@ -69,22 +69,9 @@ def place(request, small_archive, tiny_folder, tmp_path) -> Place:
 
 @pytest.fixture
 def open_report(chrome, place):
-    """Opens a view of the report as somebody who has never seen it. Nothing may be logged or asked of anybody else."""
-    contexts, problems = [], []
-
-    def open_(view: str):
-        context = chrome.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True)
-        contexts.append(context)
-        page = context.new_page()
-        problems.append(watch(page, place.origin))
-        page.goto(f"{place.page}#view={view}")
-        wait_for(page, "diffcolor.loaded")
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert [problem for some in problems for problem in some] == []
+    """Opens a view of the report."""
+    with pages(chrome, place.origin) as open_address:
+        yield lambda view: open_address(f"{place.page}#view={view}")
 
 
 def told(*words: object) -> str:

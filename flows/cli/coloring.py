@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from diffcolor_core.prompts import GENERIC_PROMPT
@@ -208,20 +206,19 @@ def _tell_estimate(
     given: dict[str, Any], probe: bool, seconds_per_image: float | None, price_per_gpu_hour: float | None
 ) -> None:
     """Print what a run would do and cost."""
+    from tasks.progress import counted
     from tasks.runs import open_run
 
-    columns = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with errors_told(), open_run(checked(RunOptions, **given)) as run, Progress(*columns, console=notes) as bar:
+    with errors_told(), open_run(checked(RunOptions, **given)) as run, counted(notes, "reading headers") as show:
         from tasks.estimate import estimate
 
         _warn_of_demo(run.config.options.model, run.config.options.archive)
-        line = bar.add_task("", total=None)
         told = estimate(
             run,
             probe=probe,
             seconds_per_image=seconds_per_image,
             price_per_gpu_hour=price_per_gpu_hour,
-            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            progress=show,
         )
     if console.is_terminal:
         print_table(["", ""], [(name.replace("_", " "), value) for name, value in vars(told).items()])
@@ -238,14 +235,15 @@ def _run_flow(name: str, kind: type[RunOptions | RecolorOptions], **given: Any) 
 
     with stoppable() as stop, ExitStack() as stack:
         try:
+            if given.get("log_format") == "json":
+                log_as_json(given.get("run_id"), stray_lines=True)
             options = checked(kind, **given)
-            if options.log_format == "json":
-                log_as_json(options.run_id, stray_lines=True)
             run = stack.enter_context(open_run(options))
         except (ValueError, OSError) as error:
             raise fail(error, 2) from error
         _warn_of_demo(run.config.options.model, run.config.options.archive)
-        _tell_size_of_fits(run.config)
+        if kind is RunOptions:  # a recolouring keeps the fits that there are
+            _tell_size_of_fits(run.config)
         from flows.local_prefect import start_prefect
 
         try:

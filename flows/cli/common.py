@@ -117,7 +117,7 @@ def main(
 
     Exit codes: **0** all done; **1** failed; **2** wrong usage; **3** a run finished, but some of its images were
     quarantined or failed: `diffcolor query OUTPUT "select image_key, error_message from results where status <> 'ok'"`
-    names them; **130** stopped by Ctrl-C; **143** stopped by SIGTERM.
+    names them; **130** stopped by Ctrl-C; **143** stopped by SIGTERM or `--max-hours`.
     """
     command = context.invoked_subcommand
     if command in ("run", "recolor", "colorize", "study"):

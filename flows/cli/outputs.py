@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows.cli.common import OutputArgument, app, console, errors_told, notes, print_table
 
@@ -196,15 +195,10 @@ def export(
     Example: `diffcolor export out/demo handover --where "colorfulness > 10" --bag`
     """
     from tasks.export import export as hand_on
+    from tasks.progress import counted
     from tasks.storage import Store
 
-    columns = (TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with errors_told(), Progress(*columns, console=notes) as bar:
-        line = bar.add_task("", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(line, completed=done, total=total)
-
+    with errors_told(), counted(notes, "exporting") as show:
         stores = Store(output), Store(destination)
         done = hand_on(*stores, approved=approved, where=where, image_format=format, bag=bag, progress=show)
     if done.num_written + done.num_there:

@@ -30,14 +30,12 @@ def report(
 
     Example: `diffcolor report out/demo`
     """
-    from rich.progress import Progress
-
+    from tasks.progress import counted
     from tasks.report import write_report
     from tasks.storage import Store
 
-    with errors_told(), Progress(console=notes, transient=True, disable=notes.quiet) as bar:
-        task = bar.add_task("report", total=None)
-        done = write_report(Store(output), to, lambda now, total: bar.update(task, completed=now, total=total))
+    with errors_told(), counted(notes, "report") as show:
+        done = write_report(Store(output), to, show)
     made = done.made
     notes.print(
         f"{done.num_images} images, {done.num_results} results; pictured {made.num_pictures} files that no earlier "

@@ -21,7 +21,7 @@ import math
 import os
 import posixpath
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,6 +36,8 @@ import jinja2
 import pyarrow as pa
 
 from diffcolor_core import __version__
+from diffcolor_core.progress import Progress, silent
+from tasks.archive import as_text
 from tasks.layout import REPORT, key_of, report_data, report_thumbnail, report_view
 from tasks.manifest import connect
 from tasks.report.overview import is_obeyed, overview
@@ -91,9 +93,7 @@ class _Folder:
         return (key[len(self.prefix) :] for key, _ in self.store.walk(f"{self.prefix}{folder}"))
 
 
-def write_report(
-    output: Store, to: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Report:
+def write_report(output: Store, to: str | None = None, progress: Progress = silent) -> Report:
     """Write the report of an output to `OUTPUT/report`, or to the folder or URL `to`.
 
     progress: called with the images that are done and their number. Raises NoManifestError if nothing has been
@@ -130,10 +130,13 @@ def write_report(
                     entry.append(digest)
                 files.append([*entry, len(images)])
                 done += len(images)
-                progress(done, total)
+                progress("images", done, total)
+        there = [
+            name for (name,) in known.execute("select name from there where starts_with(name, 'data/')").fetchall()
+        ]
         connection.close()
     # 4. the page, then what only the page before last needed
-    record = _publish(output, folder, facts, files)
+    record = _publish(output, folder, facts, files, there)
     return Report(
         address=folder.store.uri(f"{folder.prefix}{PAGE}"),
         num_images=record["images"],
@@ -270,16 +273,16 @@ def _finite(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return value.isoformat() if isinstance(value, datetime) else json.dumps(value, ensure_ascii=False)
+    return value.isoformat() if isinstance(value, datetime) else as_text(value)
 
 
 # ------------------------------------------------------------------ the page
 
 
-def _publish(output: Store, folder: _Folder, facts: dict[str, Any], files: list[list[Any]]) -> dict[str, Any]:
-    """Write the page and its record, then delete the data files that neither it nor the page before it names."""
+def _publish(
+    output: Store, folder: _Folder, facts: dict[str, Any], files: list[list[Any]], there: Iterable[str]
+) -> dict[str, Any]:
+    """Write the page and its record, then delete the data files of `there` that neither it nor the last page names."""
     static = {name: (resources.files("tasks.report") / "static" / name).read_bytes() for name in STATIC}
     for name, data in static.items():
         folder.write(name, data)
@@ -310,7 +313,7 @@ def _publish(output: Store, folder: _Folder, facts: dict[str, Any], files: list[
     before = _named_before(folder)
     record = {"schema": 1, "written_at": now, "images": facts["num_images"], "results": facts["num_results"]}
     folder.write(RECORD, json.dumps(record | {"data": names}, indent=1).encode())
-    for name in set(folder.names("data")) - {*names, *before}:
+    for name in {*there} - {*names, *before}:
         folder.store.delete(f"{folder.prefix}{name}")
     return record
 

@@ -216,3 +216,19 @@ def test_wrong_arguments_write_nothing(archive, tiny_folder, tmp_path):
         with pytest.raises(kind, match=message):
             caption_archive(arguments[0], str(tmp_path / arguments[1]), model=str(tiny_folder))
     assert os.listdir(tmp_path) == ["scans"]
+
+
+def test_an_edit_during_the_captioning_is_kept(archive, tiny_blip, tmp_path, monkeypatch):
+    out = tmp_path / "catalog.csv"
+    describe = Captioner.captions
+
+    def edit_meanwhile(self, pictures):
+        out.write_text("image,context_prompt\nbox 1/0.png,a chapel\n")
+        return describe(self, pictures)
+
+    monkeypatch.setattr(Captioner, "captions", edit_meanwhile)
+    caption_archive(archive.url, str(out), model=str(tiny_blip))
+    assert {row["image"]: row["context_prompt"] for row in table(out)} == {
+        "box 1/0.png": "a chapel",
+        "box 1/1.png": BOAT,
+    }

@@ -1,4 +1,5 @@
 import os
+import tarfile
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -11,6 +12,7 @@ from support.settings import QUICK
 from tasks.archive import CatalogRow
 from tasks.errors import EstimateError
 from tasks.estimate import estimate
+from tasks.layout import CATALOG, FIT_FILES, fit_folder
 from tasks.lease import hold_output
 from tasks.manifest import commit_part
 from tasks.planning import open_plan
@@ -41,7 +43,8 @@ def output(tmp_path):
 
 @pytest.fixture
 def config(archive, output):
-    return with_options(archive=archive.url, output=output.url, prompt="a ball")
+    config = with_options(archive=archive.url, output=output.url, prompt="a ball", keep_fits=True)
+    return replace(config, fit_bytes=500)
 
 
 def told(config, catalog=None, **options):
@@ -75,7 +78,8 @@ def test_without_anything_measured_it_tells_what_is_to_be_done_and_what_to_give(
     assert "--probe or --seconds-per-image" in estimated.seconds_from
     assert estimated.picture_bytes == 6 * (2 * SMALL + LARGE)
     assert "upper bound" in estimated.picture_bytes_from
-    assert estimated.fit_bytes is None
+    assert (estimated.fit_bytes, estimated.fit_bytes_from) == (3 * 500, "the weights that are trained")
+    assert told(with_options(config, keep_fits=False)).fit_bytes == 0
     assert not output.exists()
 
 
@@ -113,12 +117,17 @@ def test_hours_end_and_cost_are_those_of_the_machines(config, output):
     assert told(with_options(config, device="cpu")).gpu_hours == 0
 
 
+def test_a_run_in_another_dtype_tells_nothing(config, output):
+    has_run(output, with_options(config, dtype="bfloat16"), measured())
+    assert told(config).seconds is None
+
+
 @pytest.mark.parametrize("change", [{"settings": preset("paper")}, {"model_revision": "sha256:2"}])
 def test_runs_with_another_model_or_other_settings_tell_nothing(config, output, change):
     has_run(output, replace(config, **change), measured())
     estimated = told(config)
     assert estimated.seconds is None
-    assert estimated.fit_bytes is None
+    assert estimated.fit_bytes == 3 * 500
     assert estimated.picture_bytes_from == "medians"  # a picture's bytes do not depend on either
 
 
@@ -129,15 +138,18 @@ def test_what_was_adopted_was_not_measured(config, output):
 
 def test_a_kept_fit_saves_its_time_until_it_is_expired(config, archive, output):
     version = dict(archive.list())["0.png"]
-    fit = {"fit_uri": output.uri("fits/ab/c"), "input_version": version, "context_prompt": "a ball"}
-    for name in ("fit.safetensors", "fit.json"):
-        output.write(f"fits/ab/c/{name}", b"")
+    folder = fit_folder("ab" * 32, config.fit_sha256("a ball"))
+    fit = {"input_sha256": "ab" * 32, "input_version": version, "context_prompt": "a ball"}
+    for name in FIT_FILES:
+        output.write(f"{folder}/{name}", b"")
     has_run(output, config, measured("0.png", **fit))
     asked = [CatalogRow(1, "0.png", "a ball", "a red ball")]
     estimated = told(replace(config, whole_archive=False), asked)
     assert estimated.seconds == pytest.approx(10 + 5)
     assert estimated.fit_bytes == 0
-    output.delete("fits/ab/c/fit.json")
+    other = replace(with_options(config, seed=1), whole_archive=False)
+    assert told(other, asked).seconds == pytest.approx(75)  # another seed, another fit
+    output.delete(f"{folder}/{FIT_FILES[0]}")
     assert told(replace(config, whole_archive=False), asked).seconds == pytest.approx(75)
 
 
@@ -185,3 +197,29 @@ def test_a_trial_measures_three_images_and_leaves_nothing(config, output, tiny_f
     assert estimated.fit_bytes > 3000
     assert 0 < estimated.picture_bytes < 6 * (2 * SMALL + LARGE)
     assert not output.exists()
+
+
+def test_the_headers_in_a_tar_file_are_read_one_by_one(config, archive, tmp_path):
+    """Several threads would read at each other's places, and tell good scans as broken."""
+    with tarfile.open(tmp_path / "scans.tar", "w") as tar:
+        for number in range(60):
+            tar.add(archive.uri(f"{number % 3}.png"), f"{number:02d}.png")
+    estimated = told(with_options(config, archive=f"tar://::{tmp_path / 'scans.tar'}"))
+    assert (estimated.images_new, estimated.images_unusable) == (60, 0)
+    assert estimated.picture_bytes == 6 * 20 * (2 * SMALL + LARGE)
+
+
+def test_what_a_run_has_captioned_counts(config, archive, output):
+    output.write(CATALOG, b"image,context_prompt,target_prompt\n0.png,a church,a red church\n")
+    version = dict(archive.list())["0.png"]
+    done = {"context_prompt": "a church", "target_prompt": "a red church", "variant": "target-1"}
+    captioned = with_options(config, caption="some/model")
+    has_run(
+        output,
+        config,
+        measured(
+            "0.png", config_sha256=config.config_sha256("a church", "a red church"), input_version=version, **done
+        ),
+    )
+    assert told(captioned).variants_done == {"ok": 1}
+    assert told(config).variants_done == {}

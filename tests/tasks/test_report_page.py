@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from support.browser import NoBrowserError, axe_core, wait_for, watch
+from support.browser import NoBrowserError, axe_core, pages, wait_for
 from support.outputs import CONTEXT, SCRIPT, TARGETS, make_output, ok_row
 from tasks.archive import RECOLOR_COLUMNS, read_catalog
 from tasks.manifest import commit_part, query
@@ -36,22 +36,10 @@ def output(tmp_path_factory) -> Store:
 
 @pytest.fixture
 def open_page(chrome, output):
-    """Opens a view of the report. At the end nothing must have been logged, and nothing asked of anybody else."""
-    contexts, problems = [], []
-
-    def open_(address: str = "", **options):
-        context = chrome.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True, **options)
-        contexts.append(context)
-        page = context.new_page()
-        problems.append(watch(page, "file://"))
-        page.goto(f"{Path(output.uri('report/index.html')).as_uri()}{address}")
-        wait_for(page, "diffcolor.loaded")
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert [problem for some in problems for problem in some] == []
+    """Opens a view of the report."""
+    address = Path(output.uri("report/index.html")).as_uri()
+    with pages(chrome, "file://") as open_address:
+        yield lambda view="", **options: open_address(f"{address}{view}", **options)
 
 
 def cards(page) -> list[str]:
