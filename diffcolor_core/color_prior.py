@@ -153,13 +153,13 @@ class NounRegions(Trunk):
         """
         levels = self.levels(lightness)[::-1]
         parts = [enlarged(reduce(x), levels[-1]) for reduce, x in zip(self.per_level, levels, strict=True)]
-        cells = self.cells(sum(parts)).float()
+        cells = self.cells(sum(parts))
         there = (words >= 0).float()[..., None]  # [B, P, T, 1]
         mean = (self.words(words.clamp(min=0)) * there).sum(dim=2) / there.sum(dim=2).clamp(min=1)
-        nouns = self.nouns(mean).float()
+        nouns = self.nouns(mean)
         logits = torch.einsum("bdhw,bpd->bphw", cells[:, :-1], nouns[..., :-1]) / nouns.shape[-1] ** 0.5
         logits = (logits + nouns[..., -1:, None]).masked_fill(there.sum(dim=2)[..., None] == 0, -1e4)
-        return torch.cat((logits, cells[:, -1:]), dim=1).log_softmax(dim=1)
+        return torch.cat((logits, cells[:, -1:]), dim=1).float().log_softmax(dim=1)
 
 
 def save(network: ColorPrior | NounRegions, folder: Path) -> None:

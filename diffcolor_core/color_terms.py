@@ -6,7 +6,7 @@ A colour is a basic term ("red"), a name of CSS ("crimson") or a hex code ("#8b0
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -31,6 +31,11 @@ _BASIC_HUES = {
 """CIELAB hue angles (degrees) at the centres of English basic colour terms, about those of Sturges and Whitfield
 (1995). CSS's "blue" and "green" lie elsewhere, as they are corners of the sRGB cube."""
 _NEUTRAL = ("black", "gray", "grey", "white", "silver")
+_THINGS = (
+    *("chocolate", "coral", "gold", "honeydew", "ivory", "lavender", "linen", "olive", "orchid", "peru", "plum"),
+    *("salmon", "seashell", "sienna", "snow", "thistle", "tomato", "wheat"),
+)
+"""Names of CSS that are things too: "a wheat field" asks for no exact colour."""
 FULL_CHROMA = 20.0
 """C*ab that is enough for a colour. Where sRGB cannot reach it, a hue cannot be shown well."""
 
@@ -52,7 +57,8 @@ class ColoredPhrase:
 class ColorReport:
     """Whether one noun got its colour.
 
-    agreement: from -1 (the opposite hue) to 1 (as asked); for a neutral colour from 1 (no chroma) down to -1.
+    agreement: from -1 (the opposite hue) to 1 (as asked); for a neutral colour from 1 (no chroma) down to -1; 0 if the
+    noun was not found.
     achievable_chroma: the largest C*ab of that hue that sRGB can show at the region's lightness; None for a neutral
     colour. If it is small, the colour is infeasible there: a yellow at L* 20, for instance.
     """
@@ -90,14 +96,20 @@ def _lab_of(color: str) -> tuple[float, float, float]:
 
 
 def exact_chroma(color: str) -> tuple[float, float] | None:
-    """The a*b* of a hex code or a name of CSS; None for the basic terms, which leave it open."""
+    """The a*b* of a hex code or a name of CSS; None for basic terms and names of things, which leave it open."""
     color = color.lower()
-    return None if color in _BASIC_HUES or color in _NEUTRAL else _lab_of(color)[1:]
+    return None if color in (*_BASIC_HUES, *_NEUTRAL, *_THINGS) else _lab_of(color)[1:]
 
 
 def spoken(prompt: str) -> str:
     """The prompt with every hex code replaced by the basic term nearest to it: no text encoder knows codes."""
     return re.sub(HEX, lambda match: _basic_term(match.group().lower()), prompt)
+
+
+def spoken_phrase(prompt: str, phrase: NounPhrase) -> NounPhrase:
+    """A phrase of `prompt` where it stands in `spoken(prompt)`."""
+    start, noun_start, end = (len(spoken(prompt[:place])) for place in (phrase.start, phrase.noun_start, phrase.end))
+    return replace(phrase, start=start, noun_start=noun_start, end=end)
 
 
 @cache
@@ -159,8 +171,17 @@ def without_colors(prompt: str) -> str:
     return with_color_alone(prompt, colored_phrases(prompt, ""), None)
 
 
-def median_inside(region: Tensor, values: Tensor) -> list[float]:
-    """The median of values [C, h, w] where a region [h, w] is at least half, or else where it is most."""
+FOUND = 0.05
+"""A region that is nowhere more than this is that of a noun which was not found."""
+
+
+def median_inside(region: Tensor, values: Tensor) -> list[float] | None:
+    """The median of values [C, h, w] where a region [h, w] is at least half, or else where it is most.
+
+    None for a region of a noun that was not found.
+    """
+    if float(region.max()) < FOUND:
+        return None
     medians: list[float] = values[:, region >= min(0.5, float(region.max()))].median(dim=1).values.tolist()
     return medians
 
@@ -171,7 +192,11 @@ def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> li
     for item, region in zip(phrases, regions, strict=True):
         if item.color is None:
             continue
-        lightness, a, b = median_inside(region, lab)
+        medians = median_inside(region, lab)
+        if medians is None:
+            reports.append(ColorReport(item.phrase.noun, item.color, 0.0, None))
+            continue
+        lightness, a, b = medians
         hue, chroma, reachable = hue_of(item.color), math.hypot(a, b), None
         if hue is None:
             agreement = 1 - min(2.0, chroma / FULL_CHROMA)

@@ -164,8 +164,9 @@ class DiffColor:
 
         Gives for each, in their order, what `fit` gives or raises. A fit is the same whatever its neighbours in the
         batch are; on one CPU thread also wherever it stands among them. It differs in the last digits from that of
-        another batch size, so fill a batch up if that matters. Raises ValueError for settings without adapters, and for
-        photographs that differ in working size, or whose prompts differ in their number of chunks (77 tokens).
+        another batch size, so fill a batch up if that matters. Raises ValueError, when the first is asked for, for
+        settings without adapters, and for photographs that differ in working size, or whose prompts differ in their
+        number of chunks (77 tokens).
         """
         return self._fit(photographs, None, primary_only, progress)
 

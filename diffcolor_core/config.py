@@ -201,7 +201,7 @@ PRESETS: dict[str, Settings] = {
         working_size_px=144,
         color_prior=True,
         prior_gain=1.15,
-        stage1=Stage1Settings(num_steps=0),
+        stage1=Stage1Settings(num_steps=0, adapter_rank=4),  # of no step: a copy that shares its weights
         alignment=AlignmentSettings(enabled=False, propagate=True),
         stage2=Stage2Settings(
             embedding_steps=0, model_steps=0, adapter_rank=4, alpha=1.0, keep_unchanged=True, steer_words=True

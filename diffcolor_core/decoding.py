@@ -13,6 +13,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
@@ -65,14 +66,8 @@ def decode(data: bytes) -> Decoded:
     Raises UnreadableImageError, with the decoder's reason, for anything that is not a whole picture of at most
     `MAX_PIXELS` in one of `FORMATS`.
     """
-    try:
+    with _refusing():
         return _decode(data)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
-    except Exception as error:  # decoders raise nearly anything on a broken file
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
 def read_size(file: IO[bytes]) -> tuple[int, int]:
@@ -80,7 +75,7 @@ def read_size(file: IO[bytes]) -> tuple[int, int]:
 
     Raises UnreadableImageError for what `decode` refuses by the header. A file whose samples are damaged passes.
     """
-    try:
+    with _refusing():
         try:
             with Image.open(file, formats=FORMATS) as image:
                 size = image.size
@@ -93,11 +88,18 @@ def read_size(file: IO[bytes]) -> tuple[int, int]:
             size = int(page.imagewidth), int(page.imagelength)
         _check_size(*size)
         return size
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What decoders raise, as UnreadableImageError with the reason."""
+    try:
+        yield
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
-    except Exception as error:  # as in `decode`
+    except Exception as error:  # decoders raise nearly anything on a broken file
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 

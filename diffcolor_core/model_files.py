@@ -20,6 +20,8 @@ PINNED = {
     "openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef",
     "Salesforce/blip-image-captioning-large": "353689b859fcf0523410b1806dace5fb46ecdf41",
 }
+BESIDE = ("clip", "color_prior", "noun_regions")
+"""Networks of a checkpoint that are in its folder even if the others are a single file."""
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 _SAMPLE_BYTES, _NUM_SAMPLES = 2**14, 1024  # 16 MiB of a file: a fine-tuned model differs in whole layers
 
@@ -95,9 +97,10 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
         folder = folder_of(source)
         files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
         files = [path for path in files if _variant_of(path) in loaded]
-        if folder != source:  # a single file; weights in the folder beside it are not read
-            is_read = [path for path in files if path.suffix != ".safetensors" or Path(folder, "clip") in path.parents]
-            files = [Path(source), *is_read]
+        if folder != source:  # a single file, whose weights stand for those of the networks in the folder beside it
+            read = [Path(folder, part) for part in BESIDE]
+            files = [path for path in files if path.suffix != ".safetensors" or {*read} & {*path.parents}]
+            files.insert(0, Path(source))
         quick, whole = hashlib.sha256(), hashlib.sha256()
         for path in files:
             name, size = os.path.relpath(path, folder), path.stat().st_size

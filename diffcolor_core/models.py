@@ -33,7 +33,7 @@ class Checkpoint:
     """A loaded checkpoint: frozen, in evaluation mode.
 
     model_id, model_revision: as `identify` gives them. dtype: of the weights, and what the networks compute in
-    (autocast). All inputs and outputs are float32.
+    (autocast). All inputs and outputs are float32, and so are the weights of colour prior and noun regions.
     """
 
     vae: AutoencoderKL

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from diffcolor_core.color_prior import enlarged
-from diffcolor_core.color_terms import ColoredPhrase, color_words
+from diffcolor_core.color_terms import ColoredPhrase, color_words, spoken
 from diffcolor_core.diffusion import Predict, add_noise
 from diffcolor_core.images import gray_input, upsample_guided
 from diffcolor_core.models import Checkpoint
@@ -107,7 +107,7 @@ def noun_text(prompt: str, item: ColoredPhrase, color: str | None) -> str:
 
 def word_ids(tokenizer: CLIPTokenizer, texts: Sequence[Sequence[str]]) -> Tensor:
     """Token ids [B, P, T] of the nouns of B pictures, filled up with -1."""
-    ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in nouns] for nouns in texts]
+    ids = [[tokenizer(spoken(text), add_special_tokens=False).input_ids for text in nouns] for nouns in texts]
     longest = max((len(tokens) for nouns in ids for tokens in nouns), default=1)
     full = torch.full((len(ids), max(map(len, ids)), longest), -1)
     for row, nouns in zip(full, ids, strict=True):

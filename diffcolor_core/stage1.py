@@ -67,7 +67,7 @@ def colorize_with_prior(
     z = torch.cat([checkpoint.encode(gray_input(p.lightness)[None].to(checkpoint.device)) for p in photographs])
     texts = Texts(
         checkpoint.encode_apart(prompts),
-        torch.cat([checkpoint.clip_text_features([c]) for c in prompts]),
+        checkpoint.clip_text_features(prompts),
         checkpoint.clip_text_features(stage1.anti_color_prompts),
     )
 

@@ -28,6 +28,8 @@ from diffcolor_core.color_terms import (
     ColorReport,
     colored_phrases,
     report,
+    spoken,
+    spoken_phrase,
     with_color_alone,
     without_colors,
 )
@@ -45,10 +47,6 @@ from diffcolor_core.steering import steered_to
 
 MAX_BATCH = 8
 """Pictures that are generated at a time."""
-
-
-Losses = list[dict[str, list[float]]]
-"""Of each photograph, by name, one a step."""
 
 
 class InContextFit(NamedTuple):
@@ -87,7 +85,9 @@ def fit_in_context(
     # 2. (5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen
     e_opt = checkpoint.encode_apart(rewritten).requires_grad_(True)
 
-    def minimise(name: str, unet: UNet2DConditionModel, trained: list[Tensor], rate: float, num_steps: int) -> Losses:
+    def minimise(
+        name: str, unet: UNet2DConditionModel, trained: list[Tensor], rate: float, num_steps: int
+    ) -> list[dict[str, list[float]]]:
         def losses_of() -> tuple[Tensor]:
             return (reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generators),)
 
@@ -181,6 +181,7 @@ class FittedModel:
         places = noun_phrases(plain)
         if [place.noun for place in places] != [phrase.phrase.noun for phrase in phrases]:
             plain, places = prompt, [phrase.phrase for phrase in phrases]  # read otherwise without its colours
+        plain, places = spoken(plain), [spoken_phrase(plain, place) for place in places]
         if (plain,) not in self._found:
             noise = torch.Generator().manual_seed(self.fit.seed)
             self._found[plain,] = phrase_regions(self.checkpoint, self.fit.lightness, plain, places, noise)
@@ -224,6 +225,8 @@ def recolor(
 
     # 5. Generate from the forward-diffused latent of the base picture, align, keep what must not change
     negative = without_colors(fit.context_prompt) if settings.stage2.negative_context else ""
+    if settings.color_prior:
+        expected_before = checkpoint.prior_chroma(fit.lightness, [base_prompt])
     pictures: list[Tensor] = []
     for start in range(0, len(jobs), MAX_BATCH):
         batch = jobs[start : start + MAX_BATCH]
@@ -234,8 +237,8 @@ def recolor(
         noise = torch.Generator().manual_seed(fit.seed)
         starts = base_chroma[None]
         if settings.color_prior:  # [O] plus what the prior expects to differ under the prompt, exaggerated as in (7)
-            before, *after = checkpoint.prior_chroma(fit.lightness, [base_prompt, *prompts[start : start + MAX_BATCH]])
-            starts = base_chroma + alpha * settings.prior_gain * (torch.stack(after) - before)
+            expected = checkpoint.prior_chroma(fit.lightness, prompts[start : start + MAX_BATCH])
+            starts = base_chroma + alpha * settings.prior_gain * (expected - expected_before)
         z = checkpoint.encode_colored(fit.lightness, starts)
         pictures += generate(
             checkpoint, fitted.unet, z, e_alpha, fit.lightness, settings.sampling, noise, negative, regional
@@ -255,7 +258,10 @@ def recolor(
 def with_changes(
     fitted: FittedModel, prompt: str, phrases: Sequence[ColoredPhrase], chroma: Tensor, base_chroma: Tensor
 ) -> Tensor:
-    """Chroma [2, h, w] in which only what the prompt changes differs from `base_chroma`, and steered nouns obey [O]."""
+    """Chroma [2, h, w] in which steered nouns obey [O].
+
+    With `keep_unchanged` only the regions of changed nouns differ from `base_chroma`.
+    """
     settings = fitted.fit.settings
     changed = [phrase.changed for phrase in phrases]
 
@@ -267,14 +273,14 @@ def with_changes(
     if settings.stage2.keep_unchanged and not all(changed):  # the regions of changed nouns alone change
         inside = along_edges(fitted.regions(prompt, phrases)[changed].sum(dim=0))
         chroma = inside * chroma + (1 - inside) * base_chroma
+    steered = chroma
     for index, phrase in enumerate(phrases):
-        if phrase.changed and phrase.color is not None:
+        if phrase.changed and phrase.color is not None:  # else nobody needs the regions
             region = fitted.regions(prompt, phrases)[index]
             target = steered_to(phrase, region, chroma, words=settings.stage2.steer_words)
             if target is not None:
-                region = along_edges(region)
-                chroma = region * target[:, None, None] + (1 - region) * chroma
-    return chroma
+                steered = steered + along_edges(region) * (target[:, None, None] - chroma)
+    return steered
 
 
 def interpolate(e_opt: Tensor, e_target: Tensor, e_empty: Tensor, alpha: float) -> Tensor:

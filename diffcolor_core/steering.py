@@ -31,12 +31,14 @@ def steered_to(item: ColoredPhrase, region: Tensor, chroma: Tensor, *, words: bo
     hue = hue_of(item.color)
     if not words or (item.before is None and not _contradicts(hue, region, chroma)):
         return None
-    angle = math.radians(hue or 0.0)
-    return torch.tensor((math.cos(angle), math.sin(angle))) * (0.0 if hue is None else WORD_CHROMA)
+    if hue is None:
+        return torch.zeros(2)
+    return WORD_CHROMA * torch.tensor((math.cos(math.radians(hue)), math.sin(math.radians(hue))))
 
 
 def _contradicts(hue: float | None, region: Tensor, chroma: Tensor) -> bool:
-    if hue is None:
+    medians = median_inside(region, chroma)
+    if hue is None or medians is None:
         return False
-    a, b = median_inside(region, chroma)
+    a, b = medians
     return abs((math.degrees(math.atan2(b, a)) - hue + 180) % 360 - 180) > FAR_DEGREES

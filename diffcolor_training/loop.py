@@ -33,7 +33,7 @@ def step_rng(seed: int, part: str, step: int) -> np.random.Generator:
 
 def rate_factor(step: int, num_steps: int) -> float:
     """The learning rate at a step (from 0), as a fraction of its peak: a linear warm-up times a linear fall."""
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - step / num_steps)
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.0, 1 - step / max(num_steps, 1))
 
 
 def fit_part(

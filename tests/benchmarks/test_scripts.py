@@ -23,7 +23,20 @@ def test_a_plan_is_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["costs", "drift", "dry_run", "fleet", "flops", "pipeline", "quality", "report_scale", "s3", "screenshots"]
+    "name",
+    [
+        "costs",
+        "drift",
+        "dry_run",
+        "fleet",
+        "flops",
+        "pipeline",
+        "quality",
+        "report_scale",
+        "s3",
+        "screenshots",
+        "steps",
+    ],
 )
 def test_the_others_explain_themselves(name):
     assert "Usage" in run("-m", f"benchmarks.{name}", "--help")

@@ -10,7 +10,7 @@ from diffcolor_core.color_prior import CHROMA_UNIT, ColorPrior, NounRegions, loa
 from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.config import preset
 from diffcolor_core.models import load_checkpoint
-from diffcolor_core.regions import named_regions, noun_text
+from diffcolor_core.regions import named_regions, noun_text, word_ids
 from support.pictures import gray_picture
 
 
@@ -112,6 +112,15 @@ def test_a_noun_is_said_without_its_colours_or_with_one():
     flag, wall = colored_phrases(prompt, "")
     assert noun_text(prompt, flag, None) == "dark and flag"
     assert noun_text(prompt, wall, "blue") == "blue wall"
+
+
+def test_a_noun_s_code_is_read_as_a_word(folder):
+    tokenizer = load_checkpoint(str(folder)).tokenizer
+    assert torch.equal(word_ids(tokenizer, [["#4682b4 ball"]]), word_ids(tokenizer, [["blue ball"]]))
+    ids = word_ids(tokenizer, [["ball", "red ball"], ["table"]])
+    assert ids.shape == (2, 2, 2)
+    assert ids[0, 0].tolist() == [ids[0, 1, 1], -1]
+    assert ids[1, 1].tolist() == [-1, -1]
 
 
 def test_the_primary_is_the_prior_s_picture_and_a_target_adds_what_differs(folder, tmp_path):

@@ -120,3 +120,17 @@ def test_a_hex_code_stands_for_a_colour_word():
 )  # fmt: skip
 def test_a_code_is_spoken_as_the_nearest_word(code, word):
     assert spoken(f"a {code} coat") == f"a {word} coat"
+
+
+def test_a_noun_that_was_not_found_is_not_obeyed():
+    red = torch.tensor([50.0, 40.0, 25.0])[:, None, None].expand(3, 4, 4)
+    (seen,) = report(colored_phrases("a red boat", ""), torch.full((1, 4, 4), 0.9), red)
+    (unseen,) = report(colored_phrases("a red boat", ""), torch.full((1, 4, 4), 0.015), red)
+    assert seen.agreement > 0.9
+    assert (unseen.agreement, unseen.achievable_chroma) == (0.0, None)
+
+
+def test_names_of_things_are_not_exact():
+    assert exact_chroma("wheat") is None
+    assert hue_of("wheat") == pytest.approx(82, abs=8)
+    assert exact_chroma("crimson") is not None

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffcolor_core.color_terms import colored_phrases
+from diffcolor_core.color_terms import colored_phrases, exact_chroma
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Settings, Stage2Settings
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import load_checkpoint
@@ -19,6 +19,7 @@ from diffcolor_core.stage2 import (
     rare_tokens,
     recolor,
     reconstruction_loss,
+    with_changes,
 )
 
 MARK = ["[*]"] * 30
@@ -287,6 +288,47 @@ def test_only_the_regions_of_changed_nouns_change(checkpoint, monkeypatch):
     assert float((anew - primary)[..., 16:].abs().max()) > 0.01
     everything = "a green ball on a red table"
     torch.testing.assert_close(made(keeping, everything), made(free, everything))
+
+
+def test_an_exact_colour_reaches_its_noun_alone(checkpoint, monkeypatch):
+    from diffcolor_core import stage2
+
+    monkeypatch.setattr(stage2, "phrase_regions", halves)
+    model = fitted(checkpoint)
+    exact, word = (colors(model, [f"a {color} ball on a table"])[0] for color in ("#8b0000", "red"))
+    for made, wanted in zip(exact[:, :, :16], exact_chroma("#8b0000"), strict=True):
+        torch.testing.assert_close(made, torch.full((32, 16), wanted))
+    assert torch.equal(exact[..., 16:], word[..., 16:])  # the code is read as "red"
+
+
+def test_two_steered_nouns_share_what_is_both_theirs(checkpoint, monkeypatch):
+    monkeypatch.setattr(FittedModel, "regions", lambda *_: torch.full((2, 4, 4), 0.5))
+    prompt, made = "a #ff0000 sky and a #0000ff sky", torch.zeros(2, 4, 4)
+    steered = with_changes(fitted(checkpoint), prompt, colored_phrases(prompt, CONTEXT), made, made)
+    mean = torch.tensor([exact_chroma("#ff0000"), exact_chroma("#0000ff")]).mean(dim=0)
+    torch.testing.assert_close(steered, mean[:, None, None].expand(2, 4, 4))
+
+
+def test_nouns_are_found_behind_a_code_that_stays(checkpoint, monkeypatch):
+    from diffcolor_core import stage2
+
+    asked = []
+    plain = stage2.phrase_regions
+    monkeypatch.setattr(stage2, "phrase_regions", lambda *a: asked.append(a[2:4]) or plain(*a))
+    prompt = "a ball in #8b0000 on a table"
+    fitted(checkpoint).regions(prompt, colored_phrases(prompt, CONTEXT))
+    ((text, places),) = asked
+    assert "#" not in text
+    assert [text[place.start : place.end] for place in places][-1] == "table"
+
+
+def test_parts_of_a_prompt_fill_the_picture_even_if_the_nouns_do_not(checkpoint, monkeypatch):
+    shares = torch.tensor([0.3, 0.1])[:, None, None].expand(2, 4, 4)
+    monkeypatch.setattr(FittedModel, "regions", lambda *_: shares)
+    prompt = "a red ball on a blue table"
+    parts = prompt_parts(fitted(checkpoint, regional_prompts=True), prompt, colored_phrases(prompt, CONTEXT))
+    torch.testing.assert_close(parts[0][1], torch.full((4, 4), 0.75))
+    torch.testing.assert_close(sum(mask for _, mask in parts), torch.ones(4, 4))
 
 
 def test_each_coloured_noun_is_reported(checkpoint):
