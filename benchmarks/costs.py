@@ -24,14 +24,14 @@ import typer
 
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.adapters import trainable_copy
-from diffcolor_core.color import lab_to_linear, srgb_to_lab
 from diffcolor_core.config import Settings
-from diffcolor_core.formats import encode
-from diffcolor_core.images import Scan, assemble, resize
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.optimising import optimise
 from diffcolor_core.stage1 import Texts, prior_loss
 from diffcolor_core.stage2 import reconstruction_loss
+from diffcolor_scans.color import lab_to_linear, srgb_to_lab
+from diffcolor_scans.formats import encode
+from diffcolor_scans.images import Scan, assemble, resize
 from diffcolor_study.cases import draw_cases
 from support.checkpoints import save_architecture
 from support.plain_assembly import plain_assemble

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.alignment import align_chroma
-from diffcolor_core.color import lab_to_srgb, lightness_of, lock_luminance, srgb_to_lab
 from diffcolor_core.config import AlignmentSettings, SamplingSettings
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.sampling import generate
+from diffcolor_scans.color import lab_to_srgb, lightness_of, lock_luminance, srgb_to_lab
 from diffcolor_study.cases import Case, draw_cases
 from diffcolor_study.scenes import Scene, nearest_color
 from support.record import record

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from diffcolor_core.images import read_scan
+from diffcolor_scans.images import read_scan
 from support.checkpoints import save_tiny_checkpoint
 from support.pictures import make_archive
 from support.proxy import faulty_proxy

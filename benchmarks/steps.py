@@ -20,11 +20,11 @@ from torch import Tensor
 from diffcolor_core import DiffColor, preset
 from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.colorizer import _chroma_at_working_size
-from diffcolor_core.images import gray_input, read_scan
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.optimising import optimise
 from diffcolor_core.stage1 import Texts, prior_loss
 from diffcolor_core.stage2 import reconstruction_loss
+from diffcolor_scans.images import gray_input, read_scan
 from diffcolor_study.about import about
 from diffcolor_study.cases import Case, draw_cases
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         UnreadableImageError as UnreadableImageError,
     )
     from diffcolor_core.fits import Fit as Fit
-    from diffcolor_core.images import (
+    from diffcolor_scans.images import (
         Picture as Picture,
         Scan as Scan,
         read_picture as read_picture,
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
-    "color_terms": ("ColorReport",),
-    "colorizer": ("DiffColor", "Result", "ToFit"),
-    "config": ("PRESETS", "Settings", "preset"),
-    "errors": ("DivergedError", "FitError", "ModelError", "UnreadableImageError"),
-    "fits": ("Fit",),
-    "images": ("Picture", "Scan", "read_picture", "read_scan"),
+    "diffcolor_core.color_terms": ("ColorReport",),
+    "diffcolor_core.colorizer": ("DiffColor", "Result", "ToFit"),
+    "diffcolor_core.config": ("PRESETS", "Settings", "preset"),
+    "diffcolor_core.errors": ("DivergedError", "FitError", "ModelError", "UnreadableImageError"),
+    "diffcolor_core.fits": ("Fit",),
+    "diffcolor_scans.images": ("Picture", "Scan", "read_picture", "read_scan"),
 }
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from diffcolor_core.config import AlignmentSettings
 from diffcolor_core.diffusion import add_noise
-from diffcolor_core.edges import propagate
-from diffcolor_core.images import gray_input
 from diffcolor_core.models import Checkpoint
+from diffcolor_scans.edges import propagate
+from diffcolor_scans.images import gray_input
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from diffcolor_core.color import lightness_to_gray
 from diffcolor_core.errors import ModelError
-from diffcolor_core.images import Scan, resize
 from diffcolor_core.model_files import BUNDLES, identify, resolve
 from diffcolor_core.prompts import CAPTION_MODEL
+from diffcolor_scans.color import lightness_to_gray
+from diffcolor_scans.images import Scan, resize
 
 MAX_SIDE_PX = 1024
 """The longest side of what a model gets to see. BLIP itself sees 384 x 384 pixels."""

@@ -13,8 +13,8 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from diffcolor_core.color import max_chroma, srgb_to_lab
 from diffcolor_core.prompts import HEX, NounPhrase, noun_phrases
+from diffcolor_scans.color import max_chroma, srgb_to_lab
 
 _BASIC_HUES = {
     "red": 32.0,

@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.adapters import fitted_state, fitted_unet
-from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.color_terms import ColorReport
 from diffcolor_core.config import Settings, preset, preset_for
 from diffcolor_core.errors import DivergedError, FitError, ModelError
 from diffcolor_core.fits import Fit, load_fit, scan_sha256
-from diffcolor_core.images import Picture, Scan, read_scan, resize
-from diffcolor_core.metrics import abs_delta_l, colorfulness
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.optimising import Photograph
 from diffcolor_core.progress import Progress, silent
 from diffcolor_core.stage1 import colorize_with_prior
 from diffcolor_core.stage2 import FittedModel, InContextFit, fit_in_context, recolor
+from diffcolor_scans.color import srgb_to_lab
+from diffcolor_scans.images import Picture, Scan, read_scan, resize
+from diffcolor_scans.metrics import abs_delta_l, colorfulness
 
 DIVERGED = "the optimisation has diverged to values that are not finite: lower the learning rates"
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from diffcolor_core._version import __version__
 from diffcolor_core.config import Settings
 from diffcolor_core.errors import FitError
-from diffcolor_core.formats import Provenance
-from diffcolor_core.images import Picture, Scan, assemble
+from diffcolor_scans.formats import Provenance
+from diffcolor_scans.images import Picture, Scan, assemble
 
 SCHEMA_VERSION = 2
 """Raised whenever the saved form changes. Fits of another version are refused."""

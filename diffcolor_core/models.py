@@ -21,11 +21,11 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPToken
 from transformers.utils import logging as transformers_logging
 
 from diffcolor_core.adapters import trainable_copy
-from diffcolor_core.color import lock_luminance
 from diffcolor_core.color_prior import FACTOR, ColorPrior, NounRegions, load
 from diffcolor_core.color_terms import spoken
 from diffcolor_core.errors import ModelError
 from diffcolor_core.model_files import DEFAULT_CLIP, folder_of, identify, resolve, variant_to_load
+from diffcolor_scans.color import lock_luminance
 
 
 @dataclass(frozen=True)

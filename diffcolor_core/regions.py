@@ -19,9 +19,9 @@ from transformers import CLIPTokenizer
 from diffcolor_core.color_prior import enlarged
 from diffcolor_core.color_terms import ColoredPhrase, color_words, spoken
 from diffcolor_core.diffusion import Predict, add_noise
-from diffcolor_core.images import gray_input, upsample_guided
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.prompts import NounPhrase
+from diffcolor_scans.images import gray_input, upsample_guided
 
 TIMESTEPS = (50, 100, 200)
 """Noise levels at which cross-attention is read: low ones, where the picture still shows what is where."""

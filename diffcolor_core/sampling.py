@@ -10,11 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from diffcolor_core.color import lock_luminance, x_to_lab
 from diffcolor_core.config import SamplingSettings
 from diffcolor_core.diffusion import add_noise, ddim_sample, ddim_timesteps
 from diffcolor_core.models import Checkpoint, pad_embeds
 from diffcolor_core.regions import RegionalPrompts
+from diffcolor_scans.color import lock_luminance, x_to_lab
 
 
 @torch.no_grad()

@@ -24,11 +24,11 @@ from diffcolor_core.adapters import fitted_copies, trainable_copy
 from diffcolor_core.alignment import align_chroma
 from diffcolor_core.config import Settings
 from diffcolor_core.diffusion import clean_estimate, training_target
-from diffcolor_core.images import gray_input
 from diffcolor_core.models import Checkpoint, recomputing
 from diffcolor_core.optimising import Photograph, mse_of_each, noised, optimise
 from diffcolor_core.progress import Progress
 from diffcolor_core.sampling import generate
+from diffcolor_scans.images import gray_input
 
 
 @dataclass(frozen=True)

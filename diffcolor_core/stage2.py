@@ -35,7 +35,6 @@ from diffcolor_core.color_terms import (
 )
 from diffcolor_core.config import Settings
 from diffcolor_core.diffusion import training_target
-from diffcolor_core.edges import propagate
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import Checkpoint, pad_embeds
 from diffcolor_core.optimising import Photograph, mse_of_each, noised, optimise
@@ -44,6 +43,7 @@ from diffcolor_core.prompts import noun_phrases
 from diffcolor_core.regions import RegionalPrompts, named_regions, noun_text, phrase_regions
 from diffcolor_core.sampling import generate
 from diffcolor_core.steering import steered_to
+from diffcolor_scans.edges import propagate
 
 MAX_BATCH = 8
 """Pictures that are generated at a time."""

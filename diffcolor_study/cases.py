@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffcolor_core.color import lab_to_srgb, max_chroma
-from diffcolor_core.images import Picture
+from diffcolor_scans.color import lab_to_srgb, max_chroma
+from diffcolor_scans.images import Picture
 from diffcolor_study.pictures import picture_of
 from diffcolor_study.scenes import (
     Scene,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffcolor_core.color import srgb_to_lab
-from diffcolor_core.images import Picture
+from diffcolor_scans.color import srgb_to_lab
+from diffcolor_scans.images import Picture
 
 
 def picture_of(rgb: Tensor) -> Picture:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffcolor_core.colorizer import DiffColor, Result
 from diffcolor_core.config import Settings
-from diffcolor_core.images import Picture, read_picture
-from diffcolor_core.metrics import colorfulness
 from diffcolor_core.models import Checkpoint
+from diffcolor_scans.images import Picture, read_picture
+from diffcolor_scans.metrics import colorfulness
 from diffcolor_study.cases import Case, draw_cases
 from diffcolor_study.methods import Method, chosen_methods
 from diffcolor_study.pictures import lab_of

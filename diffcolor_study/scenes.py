@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness_of, lightness_to_gray
+from diffcolor_scans.color import fit_gamut, lab_to_srgb, lightness_of, lightness_to_gray
 
 HUES = {"red": 32.0, "yellow": 95.0, "green": 142.0, "turquoise": 200.0, "blue": 280.0, "purple": 322.0}
 NEUTRALS = ("black", "gray", "white")

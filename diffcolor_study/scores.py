@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcolor_core.color_terms import exact_chroma
-from diffcolor_core.images import Picture
 from diffcolor_core.prompts import HEX
+from diffcolor_scans.images import Picture
 from diffcolor_study.cases import Case
 from diffcolor_study.pictures import lab_of
 from diffcolor_study.scenes import Scene, nearest_color, reference_colors

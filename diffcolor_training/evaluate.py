@@ -15,8 +15,8 @@ import typer
 
 from diffcolor_core.colorizer import DiffColor
 from diffcolor_core.config import Settings, preset
-from diffcolor_core.images import Picture
 from diffcolor_core.models import load_checkpoint
+from diffcolor_scans.images import Picture
 from diffcolor_study.about import about
 from diffcolor_study.pictures import picture_of
 from diffcolor_study.scenes import (

@@ -14,7 +14,7 @@ import torch
 import typer
 from PIL import Image
 
-from diffcolor_core.color import fit_gamut, lab_to_srgb, lightness_of, lightness_to_gray
+from diffcolor_scans.color import fit_gamut, lab_to_srgb, lightness_of, lightness_to_gray
 from diffcolor_study.scenes import Scene, caption, draw_scene, recolored, render
 
 

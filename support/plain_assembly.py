@@ -1,4 +1,4 @@
-"""Assembly in its plainest form: the reference for the bytes and the time of `diffcolor_core.images.assemble`.
+"""Assembly in its plainest form: the reference for the bytes and the time of `diffcolor_scans.images.assemble`.
 
 Every pixel is bisected, inside the gamut or not, and every value is gathered for every pixel.
 """
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcolor_core.color import lab_to_linear, lab_to_srgb
-from diffcolor_core.images import Scan, resize
+from diffcolor_scans.color import lab_to_linear, lab_to_srgb
+from diffcolor_scans.images import Scan, resize
 
 STRIP_PIXELS = 2_000_000
 

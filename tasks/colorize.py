@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read_scan
-from diffcolor_core.formats import SUFFIX, ImageFormat, encode
+from diffcolor_scans.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
 from tasks.logs import Kept, log_as_json

@@ -23,9 +23,9 @@ import torch
 from duckdb import DuckDBPyConnection
 
 from diffcolor_core import UnreadableImageError
-from diffcolor_core.decoding import read_size
-from diffcolor_core.formats import SUFFIX
 from diffcolor_core.progress import Progress, silent
+from diffcolor_scans.decoding import read_size
+from diffcolor_scans.formats import SUFFIX
 from tasks.actors import placement
 from tasks.archive import read_catalog
 from tasks.colorize import MAX_FILE_BYTES, ImageWorker

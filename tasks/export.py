@@ -20,9 +20,9 @@ import bagit
 import duckdb
 
 from diffcolor_core import Picture, __version__
-from diffcolor_core.decoding import decode
-from diffcolor_core.formats import SUFFIX, ImageFormat, encode
 from diffcolor_core.progress import Progress, silent
+from diffcolor_scans.decoding import decode
+from diffcolor_scans.formats import SUFFIX, ImageFormat, encode
 from tasks.archive import as_text
 from tasks.errors import ExportError
 from tasks.layout import EXPORT_TABLE, TEMPORARY, key_of

@@ -85,7 +85,7 @@ def colorize(
         raise fail(f"there is no picture at '{image}'", 2)
     from diffcolor_core import DiffColor, DivergedError, preset as settings_preset, read_scan
     from diffcolor_core.config import preset_for
-    from diffcolor_core.formats import SUFFIX, encode
+    from diffcolor_scans.formats import SUFFIX, encode
 
     targets = target or []
     try:

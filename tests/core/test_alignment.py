@@ -4,8 +4,8 @@ from torch.nn import functional as F
 
 from diffcolor_core.alignment import align_chroma, shift_by_weights, unet_features, window_weights
 from diffcolor_core.config import AlignmentSettings
-from diffcolor_core.images import gray_input
 from diffcolor_core.models import load_checkpoint
+from diffcolor_scans.images import gray_input
 
 
 def unit_features(d: int, h: int, w: int) -> torch.Tensor:

@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 from diffcolor_core import DiffColor, ModelError
-from diffcolor_core.color import x_to_lab
 from diffcolor_core.color_prior import CHROMA_UNIT, ColorPrior, NounRegions, load, save
 from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.config import preset
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.regions import named_regions, noun_text, word_ids
+from diffcolor_scans.color import x_to_lab
 from support.pictures import gray_picture
 
 

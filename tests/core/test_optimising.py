@@ -8,8 +8,8 @@ import torch
 from diffcolor_core import DiffColor, DivergedError, Settings, ToFit
 from diffcolor_core.adapters import fitted_copies, fitted_state, trainable_copy
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
-from diffcolor_core.images import Scan
 from diffcolor_core.optimising import mse_of_each, noised, optimise
+from diffcolor_scans.images import Scan
 
 SETTINGS = Settings(
     batch_size=2,

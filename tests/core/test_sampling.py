@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from diffcolor_core.color import lightness_of, x_to_lab
 from diffcolor_core.config import SamplingSettings
 from diffcolor_core.diffusion import add_noise, clean_estimate, ddim_timesteps
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.sampling import generate, luminance_projection
+from diffcolor_scans.color import lightness_of, x_to_lab
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_each_step_trains_its_own_part(checkpoint):
 
 
 def test_both_steps_lower_the_loss_on_the_same_draws(checkpoint):
-    from diffcolor_core.color import lock_luminance
+    from diffcolor_scans.color import lock_luminance
 
     model = fitted(checkpoint, embedding_steps=25, model_steps=25)
     z = checkpoint.encode(lock_luminance(model.fit.primary, model.fit.lightness)[None] * 2 - 1)

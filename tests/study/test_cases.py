@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from diffcolor_core.color import srgb_to_lab
 from diffcolor_core.prompts import HEX
+from diffcolor_scans.color import srgb_to_lab
 from diffcolor_study.cases import TASKS, draw_cases
 from diffcolor_study.scenes import COLOR_WORDS
 

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from diffcolor_core.color import srgb_to_lab
+from diffcolor_scans.color import srgb_to_lab
 from diffcolor_study.pictures import picture_of
 from diffcolor_study.scenes import (
     COLOR_WORDS,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffcolor_core import Picture
-from diffcolor_core.decoding import decode
-from diffcolor_core.formats import Provenance, encode
+from diffcolor_scans.decoding import decode
+from diffcolor_scans.formats import Provenance, encode
 from tasks.errors import ExportError, InvalidKeyError, UnsafeFileError
 from tasks.export import export
 from tasks.layout import EXPORT_TABLE, approval

@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from diffcolor_core.formats import SUFFIX
+from diffcolor_scans.formats import SUFFIX
 from tasks import layout
 from tasks.layout import key_of, picture_stem, slug
 from tasks.storage import check_key

@@ -10,13 +10,13 @@ from safetensors import safe_open
 
 from diffcolor_core import DiffColor
 from diffcolor_core.adapters import fitted_unet
-from diffcolor_core.color import lightness_of, lock_luminance
 from diffcolor_core.config import preset
 from diffcolor_core.model_files import BUNDLES
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.prompts import noun_phrases
 from diffcolor_core.regions import phrase_regions
 from diffcolor_core.stage2 import reconstruction_loss
+from diffcolor_scans.color import lightness_of, lock_luminance
 from diffcolor_study.scenes import asked_colors, caption, draw_scene, recolored, render
 from diffcolor_study.scores import region_colors
 from diffcolor_training.evaluate import draw_pictures, without_fit

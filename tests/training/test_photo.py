@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core.color import lightness_of, srgb_to_lab
+from diffcolor_scans.color import lightness_of, srgb_to_lab
 from diffcolor_training.codec import CHROMA_CHANNELS, build_vae, encode, fit_codec
 from diffcolor_training.photos import (
     Photo,

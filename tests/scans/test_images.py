@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffcolor_core import decoding, images, metrics
-from diffcolor_core.images import Picture, Scan, assemble, read_scan
+from diffcolor_scans import decoding, images, metrics
+from diffcolor_scans.images import Picture, Scan, assemble, read_scan
 from support.plain_assembly import plain_assemble
 
 

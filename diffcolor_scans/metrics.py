@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from diffcolor_core.color import lightness_of
-from diffcolor_core.decoding import strips
-from diffcolor_core.images import Picture, Scan
+from diffcolor_scans.color import lightness_of
+from diffcolor_scans.decoding import strips
+from diffcolor_scans.images import Picture, Scan
 
 
 def colorfulness(picture: Picture) -> float:

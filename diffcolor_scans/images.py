@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffcolor_core.color import lightness_of, lightness_to_gray, lock_luminance
-from diffcolor_core.decoding import SourceMetadata, decode, strips
-from diffcolor_core.edges import ChromaField
+from diffcolor_scans.color import lightness_of, lightness_to_gray, lock_luminance
+from diffcolor_scans.decoding import SourceMetadata, decode, strips
+from diffcolor_scans.edges import ChromaField
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from skimage import color as skimage_color
 
-from diffcolor_core import color
+from diffcolor_scans import color
 from support.plain_assembly import plain_fit_gamut
 
 unit = st.floats(0, 1)

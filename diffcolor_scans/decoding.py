@@ -22,7 +22,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from diffcolor_core.errors import UnreadableImageError
+from diffcolor_scans.errors import UnreadableImageError
 
 FORMATS = (
     *("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000"),  # JPEG includes MPO

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageCms
 
-from diffcolor_core.color import lightness_of
-from diffcolor_core.decoding import read_size
 from diffcolor_core.errors import UnreadableImageError
-from diffcolor_core.images import assemble, read_scan
+from diffcolor_scans.color import lightness_of
+from diffcolor_scans.decoding import read_size
+from diffcolor_scans.images import assemble, read_scan
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **kwargs) -> bytes:

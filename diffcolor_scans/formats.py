@@ -19,8 +19,8 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageCms
 
-from diffcolor_core.decoding import SourceMetadata
-from diffcolor_core.images import Picture
+from diffcolor_scans.decoding import SourceMetadata
+from diffcolor_scans.images import Picture
 
 ImageFormat = Literal["png", "tiff", "jpeg", "webp"]
 SUFFIX: dict[str, str] = {"png": ".png", "tiff": ".tif", "jpeg": ".jpg", "webp": ".webp"}

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from diffcolor_core import Picture, read_picture, read_scan
-from diffcolor_core.decoding import SourceMetadata
-from diffcolor_core.formats import DIGITAL_SOURCE_TYPE, SUFFIX, Provenance, encode, xmp_packet
+from diffcolor_scans.decoding import SourceMetadata
+from diffcolor_scans.formats import DIGITAL_SOURCE_TYPE, SUFFIX, Provenance, encode, xmp_packet
 
 PROVENANCE = Provenance(
     software="DiffColor Archive 0.1.0",

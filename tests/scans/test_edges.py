@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffcolor_core import decoding, edges
-from diffcolor_core.edges import ChromaField, propagate
-from diffcolor_core.images import Scan, assemble
+from diffcolor_scans import decoding, edges
+from diffcolor_scans.edges import ChromaField, propagate
+from diffcolor_scans.images import Scan, assemble
 
 
 def two_halves(height: int, width: int, border: int) -> torch.Tensor:
