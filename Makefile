@@ -21,7 +21,7 @@ setup: .venv/.installed  ## Create .venv with the pinned versions; the other com
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Colorize photographs into out/photographs and rendered scenes into out/demo, in 5 minutes.
+demo: setup  ## Colorize photographs into out/photographs and rendered scenes into out/demo, in 7 minutes with the set-up.
 	$(BIN)/python -m support.example_photographs out/gray out/truth
 	$(BIN)/diffcolor run out/gray out/photographs
 	$(BIN)/diffcolor run examples/archive $(OUT) --model demo
@@ -31,7 +31,7 @@ demo: setup  ## Colorize photographs into out/photographs and rendered scenes in
 	@echo "look at out/photographs/report/index.html and $(OUT)/report/index.html; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
 test: setup  ## Run all tests, with real local Ray and Prefect servers.
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup  ## Check format, style, types, import contracts and the Dockerfile.
 	$(BIN)/ruff check .

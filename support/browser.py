@@ -12,6 +12,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from support import debian
 from support.waiting import wait_until
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -26,7 +27,7 @@ class NoBrowserError(RuntimeError):
 def chromium(*, install: bool = False) -> str:
     """The path of Chromium. install: install it if it is missing (Debian, root). Raises NoBrowserError."""
     if install and not any(map(shutil.which, PROGRAMS)):
-        install(["chromium"], NoBrowserError)
+        debian.install(["chromium"], NoBrowserError)
     found = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if found is None:
         raise NoBrowserError("no Chromium here: set DIFFCOLOR_TEST_BROWSER=1 to have it installed (Debian, root)")

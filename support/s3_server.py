@@ -20,6 +20,8 @@ from typing import Annotated
 import psutil
 import typer
 
+from support import debian
+
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool")
 PACKAGES = ("ceph-mon", "ceph-osd", "ceph-common", "radosgw")
 ACCESS_KEY = "tests"
@@ -68,7 +70,7 @@ def start(folder: Path, port: int, *, install: bool = True) -> dict[str, str]:
     if not all(map(shutil.which, PROGRAMS)):
         if not install:
             raise NoServerError(f"no {PACKAGES[-1]} here: set DIFFCOLOR_TEST_S3=1 to have it installed (Debian, root)")
-        install(PACKAGES, NoServerError)
+        debian.install(PACKAGES, NoServerError)
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
     fsid = str(uuid.uuid4())

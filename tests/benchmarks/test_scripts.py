@@ -1,6 +1,7 @@
 """The benchmarks follow the code that they measure: the quickest one is run, the others are at least imported."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,11 @@ def test_a_plan_is_measured(tmp_path):
         "steps",
     ],
 )
-def test_the_others_explain_themselves(name):
-    assert "Usage" in run("-m", f"benchmarks.{name}", "--help")
+def test_the_others_explain_themselves(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert "Usage" in capsys.readouterr().out
 
 
 def test_the_workers_of_the_benchmarks_load():

@@ -20,7 +20,6 @@ def bench(tmp_path_factory, tiny_folder):
         "SIGKILL of the actor, mid-image",
         "SIGKILL of the whole run at a random moment",
         "Ctrl-C",
-        "the end of --max-hours",
     ],
 )
 def test_nothing_is_lost_doubled_changed_or_left_behind(bench, tmp_path, name):
