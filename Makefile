@@ -31,7 +31,7 @@ demo: setup  ## Colorize photographs into out/photographs and rendered scenes in
 	@echo "look at out/photographs/report/index.html and $(OUT)/report/index.html; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
 test: setup  ## Run all tests, with real local Ray and Prefect servers.
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest
 
 lint: setup  ## Check format, style, types, import contracts and the Dockerfile.
 	$(BIN)/ruff check .
