@@ -1,11 +1,12 @@
 """Checkpoints with random weights, saved by diffusers itself: a tiny one and the published architectures; a BLIP."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
@@ -18,6 +19,8 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
 )
 
 from diffcolor_training.parts import build_tokenizer, save_model_index
@@ -27,7 +30,51 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
     """A Stable-Diffusion-shaped checkpoint with random weights, saved by diffusers itself."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(["a red ball and a blue box on a table"])
-    text = {
+    _tiny_vae().save_pretrained(folder / "vae")
+    _tiny_unet(cross_attention_dim=16).save_pretrained(folder / "unet")
+    CLIPTextModel(CLIPTextConfig(**_tiny_text(tokenizer))).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    _scheduler(prediction_type).save_pretrained(folder / "scheduler")
+    save_model_index(folder)
+    if clip:
+        _save_tiny_clip(folder / "clip", tokenizer)
+    return folder
+
+
+def save_tiny_xl_checkpoint(folder: Path, num_sizes: int = 6) -> Path:
+    """A tiny SDXL with random weights, saved by diffusers' own pipeline, and a guidance CLIP beside it.
+
+    num_sizes: numbers about the picture's size that the UNet takes; SDXL's refiner takes 5.
+    """
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(["a red ball and a blue box on a table"])
+    second = copy.deepcopy(tokenizer)
+    second.pad_token = "!"  # as SDXL's
+    text = {**_tiny_text(tokenizer), "num_hidden_layers": 2}
+    larger = text | {"hidden_size": 24, "projection_dim": 12}
+    pipeline = StableDiffusionXLPipeline(
+        vae=_tiny_vae(scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**larger)),
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        unet=_tiny_unet(
+            cross_attention_dim=16 + 24,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=12 + num_sizes * 8,
+        ),
+        scheduler=_scheduler("epsilon"),
+    )
+    pipeline.save_pretrained(folder)
+    _save_tiny_clip(folder / "clip", tokenizer)
+    return folder
+
+
+def _tiny_text(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -38,6 +85,43 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def _tiny_vae(**own: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        **own,
+    )
+
+
+def _tiny_unet(**own: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **own,
+    )
+
+
+def _scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
+    )
+
+
+def _save_tiny_clip(folder: Path, tokenizer: CLIPTokenizer) -> None:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -47,42 +131,10 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
         "patch_size": 8,
         "projection_dim": 16,
     }
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-    ).save_pretrained(folder / "vae")
-    UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "unet")
-    CLIPTextModel(CLIPTextConfig(**text)).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
-    ).save_pretrained(folder / "scheduler")
-    save_model_index(folder)
-    if clip:
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
-            folder / "clip"
-        )
-        tokenizer.save_pretrained(folder / "clip")
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-            folder / "clip"
-        )
-    return folder
+    config = CLIPConfig(text_config=_tiny_text(tokenizer), vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def save_tiny_blip(folder: Path) -> Path:
