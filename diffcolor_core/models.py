@@ -338,39 +338,31 @@ def load_checkpoint(
         if kind != "StableDiffusionPipeline" and not is_xl:
             known = "only StableDiffusionPipeline (1.x and 2.x) and StableDiffusionXLPipeline checkpoints are served"
             raise ModelError(f"{model!r} is {kind}, but {known}: refiners, inpainting and later models need more")
-        if is_xl and folder != source:
-            remedy = "convert it into a folder: StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...)"
-            raise ModelError(f"{model!r} is SDXL in a single file, which is not read: {remedy}")
-        text: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
-        variant = variant_to_load(source)
-        common: dict[str, Any] = {"revision": commit, "variant": variant}
-        xl: dict[str, Any] = {}
+        common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "dtype": dtype}
+        common["variant"] = variant_to_load(source)
         if folder != source:
-            vae, unet, text_encoder = _from_single_file(source, folder, dtype)
+            vae, unet, text_encoder = _from_single_file(source, folder, dtype, is_xl)
         else:
-            both: dict[str, Any] = common | {"use_safetensors": True, "torch_dtype": dtype}
-            vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **both)
-            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **both)
-            text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **common, **text)
+            vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
+            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
+            text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **common)
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", revision=commit)
+        xl: dict[str, Any] = {}
         if is_xl:
-            encoder = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **common, **text)
             second = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", revision=commit)
-            xl = {"text_encoder_2": encoder, "second_padding": second.pad_token_id}
-            xl["empty_is_zero"] = index.get("force_zeros_for_empty_prompt", True)
-            of_conditions = encoder.config.projection_dim + 6 * (unet.config.addition_time_embed_dim or 0)
-            taken = unet.config.projection_class_embeddings_input_dim
-            if unet.config.addition_embed_type != "text_time" or taken != of_conditions:
-                raise ModelError(
-                    f"{model!r} has a UNet that takes other sizes than SDXL's six: refiners are not served"
-                )
+            encoder = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **common)
+            empty_is_zero = index.get("force_zeros_for_empty_prompt", True)
+            xl = {"text_encoder_2": encoder, "second_padding": second.pad_token_id, "empty_is_zero": empty_is_zero}
+            taken = (unet.config.addition_embed_type, unet.config.projection_class_embeddings_input_dim)
+            if taken != ("text_time", encoder.config.projection_dim + 6 * (unet.config.addition_time_embed_dim or 0)):
+                raise ModelError(f"{model!r} has a UNet without SDXL's six sizes as input: refiners are not served")
             if tokenizer.get_vocab() != second.get_vocab():
                 raise ModelError(f"{model!r} has two tokenizers of different vocabularies, unlike SDXL")
 
         inner = str(Path(folder, "clip"))
         clip_source, clip_commit = resolve(clip or (inner if Path(inner).is_dir() else DEFAULT_CLIP))
-        clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, **text)
+        clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, use_safetensors=True, dtype=dtype)
         clip_tokenizer = CLIPTokenizer.from_pretrained(clip_source, revision=clip_commit)
         processor = AutoImageProcessor.from_pretrained(clip_source, revision=clip_commit, backend="pil")
     except OSError as error:
@@ -408,13 +400,16 @@ def load_checkpoint(
 
 
 def _from_single_file(
-    path: str, folder: str, dtype: torch.dtype
+    path: str, folder: str, dtype: torch.dtype, is_xl: bool
 ) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
     """The networks of a checkpoint in one file, configured as `folder` says. Raises ModelError if they do not fit."""
+    if is_xl:
+        remedy = "convert it into a folder: StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...)"
+        raise ModelError(f"{path!r} is SDXL in a single file, which is not read: {remedy}")
     left_out = {"safety_checker": None, "feature_extractor": None, "tokenizer": None, "scheduler": None}
     try:
         parts = StableDiffusionPipeline.from_single_file(
-            path, config=folder, local_files_only=True, torch_dtype=dtype, **left_out
+            path, config=folder, local_files_only=True, dtype=dtype, **left_out
         )
     except (ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:
         lacks_weights = "meta tensor" in str(error)

@@ -159,6 +159,14 @@ def test_a_batch_gives_each_what_it_gets_alone(pipe):
         torch.testing.assert_close(one.losses, single.losses, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_computes_and_what_is_trained_stays_float32(tiny_xl_folder):
+    pipe = DiffColor.from_pretrained(str(tiny_xl_folder), settings=SETTINGS, dtype="bfloat16")
+    assert pipe.checkpoint.text_encoder_2.dtype == torch.bfloat16
+    fit = pipe.fit(scan_bytes(), CONTEXT)
+    assert {tensor.dtype for tensor in (fit.prompt_embeds, *fit.unet_state.values())} == {torch.float32}
+    assert pipe.recolor(fit, TARGET).metrics["p99_abs_delta_l"] <= 0.5
+
+
 def test_words_are_read_from_all_layers_that_are_fine_enough(pipe):
     checkpoint = pipe.checkpoint
     z, t = torch.randn(2, 4, 16, 12), torch.tensor([100, 100])
