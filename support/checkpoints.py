@@ -1,6 +1,7 @@
 """Checkpoints with random weights, saved by diffusers itself: a tiny one and the published architectures; a BLIP."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,6 @@ def save_tiny_xl_checkpoint(folder: Path, num_sizes: int = 6) -> Path:
     """
     torch.manual_seed(0)
     tokenizer = build_tokenizer(["a red ball and a blue box on a table"])
-    second = copy.deepcopy(tokenizer)
-    second.pad_token = "!"  # as SDXL's
     text = {**_tiny_text(tokenizer), "num_hidden_layers": 2}
     larger = text | {"hidden_size": 24, "projection_dim": 12}
     pipeline = StableDiffusionXLPipeline(
@@ -57,7 +56,7 @@ def save_tiny_xl_checkpoint(folder: Path, num_sizes: int = 6) -> Path:
         text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**larger)),
         tokenizer=tokenizer,
-        tokenizer_2=second,
+        tokenizer_2=_second_tokenizer(tokenizer),
         unet=_tiny_unet(
             cross_attention_dim=16 + 24,
             transformer_layers_per_block=(1, 2),
@@ -71,6 +70,13 @@ def save_tiny_xl_checkpoint(folder: Path, num_sizes: int = 6) -> Path:
     pipeline.save_pretrained(folder)
     _save_tiny_clip(folder / "clip", tokenizer)
     return folder
+
+
+def _second_tokenizer(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """The same, but it fills up with another token, as SDXL's second one does."""
+    second = copy.deepcopy(tokenizer)
+    second.pad_token = "!"
+    return second
 
 
 def _tiny_text(tokenizer: CLIPTokenizer) -> dict[str, Any]:
@@ -242,12 +248,13 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 class Networks(NamedTuple):
-    """The networks of a checkpoint. A second text encoder is not among them: it does not count beside the UNet."""
+    """The networks of a checkpoint. SDXL has a second text encoder."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     clip: CLIPModel
+    text_encoder_2: CLIPTextModelWithProjection | None = None
 
 
 def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> Networks:
@@ -274,12 +281,12 @@ def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> N
             "transformer_layers_per_block": (1, 2, 10),
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
+            "projection_class_embeddings_input_dim": width(1280) + 6 * 256,
         }
     unet = UNet2DConditionModel(
         sample_size=size_px // 8,
         block_out_channels=tuple(width(full) for full in ((320, 640, 1280) if xl else (320, 640, 1280, 1280))),
-        cross_attention_dim=width(2048) if xl else text_width,
+        cross_attention_dim=text_width + width(1280) if xl else text_width,
         use_linear_projection=second or xl,
         norm_num_groups=32 if full_size else 8,
         **own,
@@ -309,11 +316,16 @@ def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> N
     vision |= {"num_attention_heads": 12 if full_size else 2}
     text_encoder = CLIPTextModel(text)
     clip = CLIPConfig(text_config=clip_text | special_tokens, vision_config=vision, projection_dim=width(512))
-    return Networks(unet, vae, text_encoder, CLIPModel(clip))
+    text_encoder_2 = None
+    if xl:
+        second_text = text.to_dict() | {"hidden_size": width(1280), "intermediate_size": 4 * width(1280)}
+        second_text |= {"num_hidden_layers": 32, "num_attention_heads": 20 if full_size else 2, "hidden_act": "gelu"}
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second_text | {"projection_dim": width(1280)}))
+    return Networks(unet, vae, text_encoder, CLIPModel(clip), text_encoder_2)
 
 
 def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int = 0) -> Path:
-    """Write Stable Diffusion `version` as `build_networks` makes it ("1.5" or "2.1") to `folder`.
+    """Write Stable Diffusion `version` as `build_networks` makes it to `folder`.
 
     The tokenizer is ours, because CLIP's vocabulary is not available here.
     """
@@ -327,7 +339,8 @@ def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int 
         pad_token_id=tokenizer.pad_token_id,
     )
     for name, network in networks._asdict().items():
-        network.save_pretrained(folder / name)
+        if network is not None:
+            network.save_pretrained(folder / name)
     for name in ("tokenizer", "clip"):
         tokenizer.save_pretrained(folder / name)
     CLIPImageProcessor().save_pretrained(folder / "clip")
@@ -341,4 +354,8 @@ def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int 
         prediction_type="v_prediction" if version == "2.1" else "epsilon",
     ).save_pretrained(folder / "scheduler")
     save_model_index(folder)
+    if networks.text_encoder_2 is not None:
+        _second_tokenizer(tokenizer).save_pretrained(folder / "tokenizer_2")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
     return folder
