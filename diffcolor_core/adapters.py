@@ -37,7 +37,7 @@ class PerPhotographLinear(nn.Module):
 
 def check_ranks(unet: UNet2DConditionModel, *ranks: int | None) -> None:
     """Raise ModelError if all weights of Stable Diffusion XL's UNet would be trained."""
-    if unet.config.addition_embed_type == "text_time" and None in ranks:
+    if unet.config.get("addition_embed_type") == "text_time" and None in ranks:
         raise ModelError(
             "SDXL is served with adapters only, as training all its weights takes 50 GB before any picture: choose the "
             "preset standard, fast or instant, or set stage1.adapter_rank and stage2.adapter_rank"
