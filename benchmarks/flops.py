@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.config import PRESETS, SamplingSettings, Settings, preset
 from diffcolor_core.diffusion import ddim_sample, ddim_timesteps
-from diffcolor_core.models import Checkpoint
-from diffcolor_core.regions import TIMESTEPS, RegionalPrompts, recorded_attention
+from diffcolor_core.models import Checkpoint, XLCheckpoint
+from diffcolor_core.regions import TIMESTEPS, RegionalPrompts
 from diffcolor_core.stage1 import Texts, prior_loss
 from diffcolor_core.stage2 import reconstruction_loss
 from support.checkpoints import build_networks
@@ -39,7 +39,7 @@ FUSED = aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 VERSIONS = {"sd15": "1.5", "sdxl": "xl"}
 SDXL_RANK = 4
-"""SDXL is counted with adapters in every preset: full weights with Adam's moments alone are 41 GB."""
+"""SDXL has adapters in every preset, as it is served with no other: all weights, trained, are 41 GB by themselves."""
 NUM_PARTS = 3
 """Colours of the new prompt. With regional prompts each makes its own part of the picture."""
 
@@ -114,11 +114,12 @@ class PeakBytes(TorchDispatchMode):
 def meta_checkpoint(networks: Any, *, alike: Checkpoint | None = None) -> Checkpoint:
     """Networks on the meta device as a checkpoint. alike: whose schedule it has; by default Stable Diffusion's."""
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    if networks.unet.config.addition_embed_type == "text_time":
-        networks.unet.register_forward_pre_hook(_add_pooled_text_and_sizes, with_kwargs=True)
-    for network in (networks.unet, networks.vae, networks.text_encoder, networks.clip):
+    for network in filter(None, networks):
         network.to(META).eval().requires_grad_(False)
-    return Checkpoint(
+    xl: dict[str, Any] = {}
+    if networks.text_encoder_2 is not None:
+        xl = {"text_encoder_2": networks.text_encoder_2, "second_padding": 0, "empty_is_zero": True}
+    return (XLCheckpoint if xl else Checkpoint)(
         vae=networks.vae,
         unet=networks.unet,
         text_encoder=networks.text_encoder,
@@ -132,14 +133,8 @@ def meta_checkpoint(networks: Any, *, alike: Checkpoint | None = None) -> Checkp
         model_revision="",
         device=META,
         dtype=torch.float32,
+        **xl,
     )
-
-
-def _add_pooled_text_and_sizes(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """What SDXL's UNet wants besides the prompt: a pooled text embed and six numbers about the picture's size."""
-    more = {"text_embeds": torch.empty(len(args[0]), 1280, device=META)}
-    more["time_ids"] = torch.empty(len(args[0]), 6, device=META)
-    return args, kwargs | {"added_cond_kwargs": more}
 
 
 def cost_of(call: Callable[[], Any], *held: nn.Module) -> Cost:
@@ -172,8 +167,11 @@ class Counter:
         self.size_px = size_px or checkpoint.native_size_px
         side = self.size_px // checkpoint.vae_factor
         self.z = torch.empty(1, checkpoint.unet.config.in_channels, side, side, device=META)
-        self.embeds = torch.empty(1, 77, checkpoint.unet.config.cross_attention_dim, device=META)
-        self.resident = (checkpoint.unet, checkpoint.vae, checkpoint.text_encoder, checkpoint.clip)
+        width = checkpoint.unet.config.cross_attention_dim
+        if isinstance(checkpoint, XLCheckpoint):
+            width += checkpoint.text_encoder_2.config.projection_dim
+        self.embeds = torch.empty(1, 77, width, device=META)
+        self.resident = [part for part in vars(checkpoint).values() if isinstance(part, nn.Module)]
         self.prior_step = cache(self._prior_step)
         self.reconstruction_step = cache(self._reconstruction_step)
         self.sampling_step = cache(self._sampling_step)
@@ -273,8 +271,9 @@ class Counter:
                 return checkpoint.encode(x)
             if what == "align":
                 return checkpoint.encode(torch.cat((x, x))), predict(2 * pictures)
-            with recorded_attention(checkpoint.unet) as recorder:
-                return checkpoint.encode(x), predict(pictures * len(TIMESTEPS)), recorder.maps
+            rows = pictures * len(TIMESTEPS)
+            z, embeds = self.z.expand(rows, -1, -1, -1), self.embeds.expand(rows, -1, -1)
+            return checkpoint.encode(x), checkpoint.word_maps(z, torch.zeros(rows, device=META), embeds)
 
         with torch.no_grad():
             return cost_of(call, *self.resident)

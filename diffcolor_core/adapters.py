@@ -11,6 +11,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from diffcolor_core.errors import ModelError
+
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 """How peft's names of an adapter's matrices end."""
 
@@ -33,14 +35,25 @@ class PerPhotographLinear(nn.Module):
         return y + change.view_as(y)
 
 
+def check_ranks(unet: UNet2DConditionModel, *ranks: int | None) -> None:
+    """Raise ModelError if all weights of Stable Diffusion XL's UNet would be trained."""
+    if unet.config.get("addition_embed_type") == "text_time" and None in ranks:
+        raise ModelError(
+            "SDXL is served with adapters only, as training all its weights takes 50 GB before any picture: choose the "
+            "preset standard, fast or instant, or set stage1.adapter_rank and stage2.adapter_rank"
+        )
+
+
 def trainable_copy(
     unet: UNet2DConditionModel, rank: int | None, generators: Sequence[torch.Generator]
 ) -> UNet2DConditionModel:
     """A copy of `unet` with float32 weights to train; with a `rank`, those are new adapters' on the shared weights.
 
     generators: one for each photograph that it is trained for. Of several, each gets the adapter that it would get
-    alone; all are stacked in the trained tensors, [N, ...]. Raises ValueError for several without a `rank`.
+    alone; all are stacked in the trained tensors, [N, ...]. Raises ValueError for several without a `rank`, and
+    ModelError as `check_ranks` does.
     """
+    check_ranks(unet, rank)
     if rank is None:
         if len(generators) > 1:
             raise ValueError("photographs in a batch need adapters: set stage1.adapter_rank and stage2.adapter_rank")

@@ -41,20 +41,12 @@ def align_chroma(
 
 def unet_features(checkpoint: Checkpoint, x: Tensor, settings: AlignmentSettings, generator: torch.Generator) -> Tensor:
     """phi: the activations of one up block for pictures x [B, 3, h, w], each cell of unit length: [B, D, hf, wf]."""
-    blocks = checkpoint.unet.up_blocks
-    if settings.up_block >= len(blocks):
-        raise ValueError(f"alignment.up_block is {settings.up_block}, but this UNet has {len(blocks)} up blocks")
     z = checkpoint.encode(x.to(checkpoint.device))
     eps = torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z)  # the same noise for all
     t = torch.full((len(z),), settings.timestep, device=z.device)
-    caught: list[Tensor] = []
-    hook = blocks[settings.up_block].register_forward_hook(lambda _module, _args, output: caught.append(output))
-    try:
-        embeds = checkpoint.encode_prompts([""]).expand(len(z), -1, -1)
-        checkpoint.predict(checkpoint.unet, add_noise(checkpoint.scheduler, z, eps, t), t, embeds)
-    finally:
-        hook.remove()
-    return F.normalize(caught[0].float(), dim=1)
+    embeds = checkpoint.encode_prompts([""]).expand(len(z), -1, -1)
+    phi = checkpoint.features(add_noise(checkpoint.scheduler, z, eps, t), t, embeds, settings.up_block)
+    return F.normalize(phi.float(), dim=1)
 
 
 def window_weights(phi: Tensor, phi_generated: Tensor, settings: AlignmentSettings) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.adapters import fitted_state, fitted_unet
+from diffcolor_core.adapters import check_ranks, fitted_state, fitted_unet
 from diffcolor_core.color_terms import ColorReport
 from diffcolor_core.config import Settings, preset, preset_for
 from diffcolor_core.errors import DivergedError, FitError, ModelError
@@ -102,7 +102,7 @@ class DiffColor:
 
     The same picture, prompts, settings, seed and machine give the same bytes: every random draw comes from a
     CPU generator that the call's seed seeds. Raises ModelError for settings that need a colour prior and a checkpoint
-    without one.
+    without one, and for settings without adapters on SDXL.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings | None = None) -> None:
@@ -110,6 +110,7 @@ class DiffColor:
         self.settings = settings or preset(preset_for(checkpoint.model_id))
         if self.settings.color_prior and checkpoint.color_prior is None:
             raise ModelError(f"model {checkpoint.model_id!r} has no colour prior: choose another preset than `photo`")
+        check_ranks(checkpoint.unet, self.settings.stage1.adapter_rank, self.settings.stage2.adapter_rank)
         self._last_fitted: FittedModel | None = None  # so that many prompts load theta once
 
     @classmethod

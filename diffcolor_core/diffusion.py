@@ -2,8 +2,9 @@
 
 Symbols as in `docs/method.md`: z latents [B, C, h, w]; t timesteps 0..T-1; abar the cumulative noise
 schedule `alphas_cumprod`; eps standard Gaussian noise; e prompt_embeds [B, tokens, width].
-A UNet's raw output is eps, v or z_0 ("sample"), depending on the checkpoint. Only `training_target` and
-`clean_estimate` know which; everything else works with z, z_0 and eps.
+A network's raw output is eps, v or z_0 ("sample"), depending on the checkpoint. Only `training_target` and
+`clean_estimate` know which, and only `_levels` knows the schedule, so that another kind of noise is a case of these
+three. Everything else works with z, z_0 and eps.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,16 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t [B, C, h, w], t [B], prompt_embeds [B, tokens, width]) -> the UNet's raw output, shaped like z_t."""
 
 
-def _abar(schedule: DDIMScheduler, t: Tensor, like: Tensor) -> Tensor:
-    return schedule.alphas_cumprod.to(like)[t].view(-1, 1, 1, 1)
+def _levels(schedule: DDIMScheduler, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of z and of eps is in z_t: sqrt(abar_t) and sqrt(1 - abar_t), [B, 1, 1, 1] each."""
+    abar = schedule.alphas_cumprod.to(like)[t].view(-1, 1, 1, 1)
+    return abar.sqrt(), (1 - abar).sqrt()
 
 
 def add_noise(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps."""
-    abar = _abar(schedule, t, z)
-    return abar.sqrt() * z + (1 - abar).sqrt() * eps
+    signal, noise = _levels(schedule, t, z)
+    return signal * z + noise * eps
 
 
 def training_target(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -31,26 +34,25 @@ def training_target(schedule: DDIMScheduler, z: Tensor, eps: Tensor, t: Tensor) 
     if schedule.config.prediction_type == "sample":
         return z
     if schedule.config.prediction_type == "v_prediction":
-        abar = _abar(schedule, t, z)
-        return abar.sqrt() * eps - (1 - abar).sqrt() * z
+        signal, noise = _levels(schedule, t, z)
+        return signal * eps - noise * z
     return eps
 
 
 def clean_estimate(schedule: DDIMScheduler, z_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """The one-step estimate of z_0, and the eps that goes with it, from the UNet's raw output."""
-    abar = _abar(schedule, t, z_t)
+    """The one-step estimate of z_0, and the eps that goes with it, from the network's raw output."""
+    signal, noise = _levels(schedule, t, z_t)
     if schedule.config.prediction_type == "sample":
         return output, implied_noise(schedule, z_t, output, t)
     if schedule.config.prediction_type == "v_prediction":
-        z_0 = abar.sqrt() * z_t - (1 - abar).sqrt() * output
-        return z_0, abar.sqrt() * output + (1 - abar).sqrt() * z_t
-    return (z_t - (1 - abar).sqrt() * output) / abar.sqrt(), output
+        return signal * z_t - noise * output, signal * output + noise * z_t
+    return (z_t - noise * output) / signal, output
 
 
 def implied_noise(schedule: DDIMScheduler, z_t: Tensor, z_0: Tensor, t: Tensor) -> Tensor:
     """The eps with which z_0 becomes z_t."""
-    abar = _abar(schedule, t, z_t)
-    return (z_t - abar.sqrt() * z_0) / (1 - abar).sqrt()
+    signal, noise = _levels(schedule, t, z_t)
+    return (z_t - signal * z_0) / noise
 
 
 def ddim_timesteps(schedule: DDIMScheduler, num_steps: int, strength: float) -> Tensor:

@@ -1,26 +1,28 @@
 """Checkpoints: loaded, and what their networks compute.
 
-A checkpoint is a Stable-Diffusion-shaped diffusers folder (`vae`, `unet`, `text_encoder`, `tokenizer`,
-`scheduler`) and a CLIP for guidance: the folder's own `clip` if it has one, else OpenAI's ViT-B/32. A local folder
-may have a `color_prior` and `noun_regions` too.
+A checkpoint is a diffusers folder of Stable Diffusion or Stable Diffusion XL (`vae`, `unet`, `text_encoder`,
+`tokenizer`, `scheduler`; XL has second ones of the text) and a CLIP for guidance: the folder's own `clip` if it has
+one, else OpenAI's ViT-B/32. A local folder may have a `color_prior` and `noun_regions` too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from diffcolor_core.adapters import trainable_copy
+from diffcolor_core.attention import recorded_attention
 from diffcolor_core.color_prior import FACTOR, ColorPrior, NounRegions, load
 from diffcolor_core.color_terms import spoken
 from diffcolor_core.errors import ModelError
@@ -30,7 +32,12 @@ from diffcolor_scans.color import lock_luminance
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: frozen, in evaluation mode.
+    """A loaded checkpoint: frozen, in evaluation mode. This class itself is Stable Diffusion 1.x and 2.x.
+
+    The method knows an architecture by these members, and a subclass overrides those that differ: `encode_chunks`
+    (what a prompt becomes), `predict`, `word_maps` and `features` (what the network makes of it, and knows), the two
+    sizes in pixels, and `scheduler`, which `diffusion.py` alone reads. prompt_embeds are [B, tokens, width] for all:
+    chunks of tokens can be joined, prompts mixed, and what a token holds is the subclass's own business.
 
     model_id, model_revision: as `identify` gives them. dtype: of the weights, and what the networks compute in
     (autocast). All inputs and outputs are float32, and so are the weights of colour prior and noun regions.
@@ -51,6 +58,8 @@ class Checkpoint:
     dtype: torch.dtype
     color_prior: ColorPrior | None = None
     noun_regions: NounRegions | None = None
+    coarsest_map: ClassVar[int] = 2
+    """Latent cells along a side of the largest cells of `word_maps`: larger ones do not tell things apart."""
 
     @property
     def vae_factor(self) -> int:
@@ -88,11 +97,37 @@ class Checkpoint:
             x: Tensor = self.vae.decode(z / self.vae.config.scaling_factor).sample
         return x.float()
 
-    def predict(self, unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def predict(self, unet: Callable[..., Any], z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """The raw output (eps or v) of `unet`, which is the base one or a fitted copy: like z_t, float32."""
         with self.autocast():
             output: Tensor = unet(z_t, t, encoder_hidden_states=prompt_embeds).sample
         return output.float()
+
+    def word_maps(self, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> list[Tensor]:
+        """How much cells attend to tokens: [tokens, h', w'] for each layer of the base UNet that is fine enough.
+
+        They are means of the batch and the heads.
+        """
+        with recorded_attention(self.unet) as recorder:
+            self.predict(self.unet, z_t, t, prompt_embeds)
+        (height, width), maps = z_t.shape[-2:], []
+        for attention in recorder.maps:  # [B, cells, tokens]
+            reduction = round((height * width / attention.shape[1]) ** 0.5)
+            if reduction <= self.coarsest_map:
+                maps.append(attention.mean(dim=0).T.unflatten(1, (-(-height // reduction), -(-width // reduction))))
+        return maps
+
+    def features(self, z_t: Tensor, t: Tensor, prompt_embeds: Tensor, block: int) -> Tensor:
+        """The activations of one up block of the base UNet: [B, D, hf, wf]. Raises ValueError if it is not there."""
+        blocks, caught = self.unet.up_blocks, list[Tensor]()
+        if block >= len(blocks):
+            raise ValueError(f"alignment.up_block is {block}, but this UNet has {len(blocks)} up blocks")
+        hook = blocks[block].register_forward_hook(lambda _module, _args, output: caught.append(output))
+        try:
+            self.predict(self.unet, z_t, t, prompt_embeds)
+        finally:
+            hook.remove()
+        return caught[0]
 
     @torch.no_grad()
     def prior_chroma(self, lightness: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -123,8 +158,13 @@ class Checkpoint:
         most, empty = max(map(len, chunked)), _chunks(self.tokenizer, "")
         ids = torch.stack([torch.cat((chunks, empty.expand(most - len(chunks), -1))) for chunks in chunked])
         with torch.no_grad(), self.autocast():
-            embeds = self.text_encoder(ids.flatten(0, 1).to(self.device)).last_hidden_state
+            embeds = self.encode_chunks(ids.flatten(0, 1).to(self.device))
         return embeds.float().view(len(prompts), -1, embeds.shape[-1])  # [B, chunks * length, width]
+
+    def encode_chunks(self, ids: Tensor) -> Tensor:
+        """Chunks of token ids [C, length] to [C, length, width]."""
+        embeds: Tensor = self.text_encoder(ids).last_hidden_state
+        return embeds
 
     def encode_apart(self, prompts: Sequence[str]) -> Tensor:
         """T(c) of each prompt alone, so that none depends on the others: [B, chunks x max_length, width].
@@ -173,6 +213,39 @@ class Checkpoint:
             features = self.clip.get_image_features(pixel_values=pixels).pooler_output
         features = F.normalize(features.float(), dim=-1).view(count, len(x), -1).mean(dim=0)
         return F.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLCheckpoint(Checkpoint):
+    """Stable Diffusion XL: two text encoders, a pooled embed of the prompt, and the picture's size as a condition.
+
+    A token of prompt_embeds holds its embeds by both encoders, and then the pooled embed of its chunk, of which the
+    UNet gets the first chunk's. Equation (5) optimises the former only; (7) mixes both. second_padding: the id with
+    which the second encoder's tokenizer fills up. empty_is_zero: whether the empty prompt is all zeros, as in training.
+    """
+
+    text_encoder_2: CLIPTextModelWithProjection
+    second_padding: int
+    empty_is_zero: bool
+    coarsest_map = 4  # as fine a grid as Stable Diffusion's, on latents of twice the side
+
+    def encode_chunks(self, ids: Tensor) -> Tensor:
+        """Chunks of token ids [C, length] to [C, length, width + pooled width]."""
+        is_end = ids == self.tokenizer.eos_token_id
+        is_padding = is_end.cumsum(dim=1) > is_end.int()  # what follows the first end
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids.masked_fill(is_padding, self.second_padding), output_hidden_states=True)
+        pooled = second.text_embeds[:, None].expand(-1, ids.shape[1], -1)
+        embeds = torch.cat((first.hidden_states[-2], second.hidden_states[-2], pooled), dim=-1)
+        return embeds.masked_fill(is_end[:, 1, None, None], 0) if self.empty_is_zero else embeds
+
+    def predict(self, unet: Callable[..., Any], z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """As for any checkpoint. The picture is told to be whole, and of the size that it is made in."""
+        time_ids = z_t.new_zeros(len(z_t), 6)  # original height and width, top and left of the crop, height and width
+        time_ids[:, 0::4], time_ids[:, 1::4] = (side * self.vae_factor for side in z_t.shape[-2:])
+        width = self.unet.config.cross_attention_dim
+        more = {"text_embeds": prompt_embeds[:, 0, width:].detach(), "time_ids": time_ids}
+        return super().predict(partial(unet, added_cond_kwargs=more), z_t, t, prompt_embeds[..., :width])
 
 
 def trained_bytes(model: str, adapter_rank: int | None) -> int:
@@ -261,27 +334,35 @@ def load_checkpoint(
     try:
         index: dict[str, Any] = DiffusionPipeline.load_config(folder, revision=commit)
         kind = index.get("_class_name", "a checkpoint of no named class")
-        if kind != "StableDiffusionPipeline":
-            known = "only StableDiffusionPipeline checkpoints (Stable Diffusion 1.x and 2.x) are served"
-            raise ModelError(f"{model!r} is {kind}, but {known}: later ones need a second text encoder and more")
-        text: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+        is_xl = kind == "StableDiffusionXLPipeline"
+        if kind != "StableDiffusionPipeline" and not is_xl:
+            known = "only StableDiffusionPipeline (1.x and 2.x) and StableDiffusionXLPipeline checkpoints are served"
+            raise ModelError(f"{model!r} is {kind}, but {known}: refiners, inpainting and later models need more")
+        common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "dtype": dtype}
+        common["variant"] = variant_to_load(source)
         if folder != source:
-            vae, unet, text_encoder = _from_single_file(source, folder, dtype)
+            vae, unet, text_encoder = _from_single_file(source, folder, dtype, is_xl)
         else:
-            variant = variant_to_load(source)
-            common: dict[str, Any] = {"revision": commit, "variant": variant, "use_safetensors": True}
-            common["torch_dtype"] = dtype
             vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
             unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
-            text_encoder = CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", revision=commit, variant=variant, **text
-            )
+            text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **common)
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", revision=commit)
+        xl: dict[str, Any] = {}
+        if is_xl:
+            second = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", revision=commit)
+            encoder = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **common)
+            empty_is_zero = index.get("force_zeros_for_empty_prompt", True)
+            xl = {"text_encoder_2": encoder, "second_padding": second.pad_token_id, "empty_is_zero": empty_is_zero}
+            taken = (unet.config.addition_embed_type, unet.config.projection_class_embeddings_input_dim)
+            if taken != ("text_time", encoder.config.projection_dim + 6 * (unet.config.addition_time_embed_dim or 0)):
+                raise ModelError(f"{model!r} has a UNet without SDXL's six sizes as input: refiners are not served")
+            if tokenizer.get_vocab() != second.get_vocab():
+                raise ModelError(f"{model!r} has two tokenizers of different vocabularies, unlike SDXL")
 
         inner = str(Path(folder, "clip"))
         clip_source, clip_commit = resolve(clip or (inner if Path(inner).is_dir() else DEFAULT_CLIP))
-        clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, **text)
+        clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, use_safetensors=True, dtype=dtype)
         clip_tokenizer = CLIPTokenizer.from_pretrained(clip_source, revision=clip_commit)
         processor = AutoImageProcessor.from_pretrained(clip_source, revision=clip_commit, backend="pil")
     except OSError as error:
@@ -289,12 +370,12 @@ def load_checkpoint(
     if unet.config.in_channels != vae.config.latent_channels:
         channels = f"{unet.config.in_channels} input channels for latents with {vae.config.latent_channels}"
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
+    if vae.config.latents_mean or vae.config.shift_factor:
+        raise ModelError(f"{model!r} has a VAE whose latents are shifted, which is not served: another kind of noise")
     model_id, model_revision = identify(model, revision)
     color_prior = load(ColorPrior, beside) if (beside := Path(folder, "color_prior")).is_dir() else None
     noun_regions = load(NounRegions, beside) if (beside := Path(folder, "noun_regions")).is_dir() else None
-    for module in filter(None, (vae, unet, text_encoder, clip_model, color_prior, noun_regions)):
-        module.to(device).eval().requires_grad_(False)
-    return Checkpoint(
+    checkpoint = (XLCheckpoint if is_xl else Checkpoint)(
         vae=vae,
         unet=unet,
         text_encoder=text_encoder,
@@ -310,17 +391,25 @@ def load_checkpoint(
         dtype=dtype,
         color_prior=color_prior,
         noun_regions=noun_regions,
+        **xl,
     )
+    for part in vars(checkpoint).values():
+        if isinstance(part, nn.Module):
+            part.to(device).eval().requires_grad_(False)
+    return checkpoint
 
 
 def _from_single_file(
-    path: str, folder: str, dtype: torch.dtype
+    path: str, folder: str, dtype: torch.dtype, is_xl: bool
 ) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
     """The networks of a checkpoint in one file, configured as `folder` says. Raises ModelError if they do not fit."""
+    if is_xl:
+        remedy = "convert it into a folder: StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...)"
+        raise ModelError(f"{path!r} is SDXL in a single file, which is not read: {remedy}")
     left_out = {"safety_checker": None, "feature_extractor": None, "tokenizer": None, "scheduler": None}
     try:
         parts = StableDiffusionPipeline.from_single_file(
-            path, config=folder, local_files_only=True, torch_dtype=dtype, **left_out
+            path, config=folder, local_files_only=True, dtype=dtype, **left_out
         )
     except (ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:
         lacks_weights = "meta tensor" in str(error)

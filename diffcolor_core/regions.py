@@ -1,17 +1,14 @@
 """Regions [O]: which part of a picture each noun names, and one prompt for each part.
 
-The regions come from the UNet's own cross-attention (after DAAM, Tang et al. 2022), without a segmenter.
+The regions come from the network's own cross-attention (after DAAM, Tang et al. 2022), without a segmenter.
 Where a checkpoint brings `noun_regions` they come from there.
 Joining several prompts in one picture follows MultiDiffusion (Bar-Tal et al. 2023).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -30,40 +27,6 @@ HALF_SURE, HALF_OF_LARGEST, SHARPNESS = 0.35, 0.55, 12.0
 """The share of `noun_regions` that is taken as half, as it is and beside the largest, and how steep that is."""
 
 
-class RecordedAttention:
-    """Plain cross-attention that keeps its probabilities: for each call a map [B, cells, tokens], the heads' mean."""
-
-    def __init__(self) -> None:
-        self.maps: list[Tensor] = []
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
-        """Attend as diffusers does; hidden_states [B, cells, C], encoder_hidden_states [B, tokens, D]."""
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, heads, cells or tokens, width]
-
-        q, k = heads(attn.to_q(hidden_states)), heads(attn.to_k(encoder_hidden_states))
-        weights = (attn.scale * q @ k.mT).softmax(dim=-1)  # [B, heads, cells, tokens]
-        self.maps.append(weights.float().mean(dim=1))
-        mixed = (weights @ heads(attn.to_v(encoder_hidden_states))).transpose(1, 2).flatten(2)
-        return attn.to_out[0](mixed)
-
-
-@contextmanager
-def recorded_attention(unet: UNet2DConditionModel) -> Iterator[RecordedAttention]:
-    """Record every cross-attention of `unet` inside the block. Its own processors are put back afterwards."""
-    recorder, before = RecordedAttention(), {}
-    for name, module in unet.named_modules():
-        if name.endswith("attn2"):
-            before[module] = module.processor
-            module.set_processor(recorder)
-    try:
-        yield recorder
-    finally:
-        for module, processor in before.items():
-            module.set_processor(processor)
-
-
 @torch.no_grad()
 def phrase_regions(
     checkpoint: Checkpoint, lightness: Tensor, prompt: str, phrases: Sequence[NounPhrase], generator: torch.Generator
@@ -78,17 +41,11 @@ def phrase_regions(
     z = checkpoint.encode(gray_input(lightness)[None].to(checkpoint.device))  # [1, C, h/f, w/f]
     eps = torch.randn((len(TIMESTEPS), *z.shape[1:]), generator=generator).to(z)
     t = torch.tensor(TIMESTEPS, device=z.device)
-    with recorded_attention(checkpoint.unet) as recorder:
-        z_t = add_noise(checkpoint.scheduler, z.expand_as(eps), eps, t)
-        checkpoint.predict(checkpoint.unet, z_t, t, embeds.expand(len(t), -1, -1))
+    z_t = add_noise(checkpoint.scheduler, z.expand_as(eps), eps, t)
     height, width = z.shape[-2:]
     heat = torch.zeros(len(phrases), height, width)
-    for attention in recorder.maps:
-        reduction = round((height * width / attention.shape[1]) ** 0.5)
-        if reduction > 2:  # cells of the coarsest layers are as large as the things to tell apart
-            continue
-        grid = attention.mean(dim=0).T.unflatten(1, (-(-height // reduction), -(-width // reduction))).cpu()
-        nouns = torch.stack([grid[list(tokens)].mean(dim=0) for tokens in positions])  # [P, rows, columns]
+    for grid in checkpoint.word_maps(z_t, t, embeds.expand(len(t), -1, -1)):
+        nouns = torch.stack([grid.cpu()[list(tokens)].mean(dim=0) for tokens in positions])  # [P, rows, columns]
         heat += F.interpolate(nouns[None], size=(height, width), mode="bilinear", align_corners=False)[0]
     share = (heat / heat.sum(dim=0).clamp(min=1e-12)) ** 4  # sharpened: the strongest noun takes most of a cell
     share = share / share.sum(dim=0).clamp(min=1e-12)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from diffcolor_core.regions import RecordedAttention, recorded_attention
+from diffcolor_core.attention import RecordedAttention, recorded_attention
 from diffcolor_scans.color import lightness_of
 from diffcolor_study.scenes import COLOR_WORDS, OBJECT_KINDS, objects_swapped
 from diffcolor_training.dataset import cached_pictures, cached_region_cells, draw_caption, scene_spec, swap_colors

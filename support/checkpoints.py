@@ -1,11 +1,13 @@
 """Checkpoints with random weights, saved by diffusers itself: a tiny one and the published architectures; a BLIP."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
@@ -18,6 +20,8 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
 )
 
 from diffcolor_training.parts import build_tokenizer, save_model_index
@@ -27,7 +31,56 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
     """A Stable-Diffusion-shaped checkpoint with random weights, saved by diffusers itself."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(["a red ball and a blue box on a table"])
-    text = {
+    _tiny_vae().save_pretrained(folder / "vae")
+    _tiny_unet(cross_attention_dim=16).save_pretrained(folder / "unet")
+    CLIPTextModel(CLIPTextConfig(**_tiny_text(tokenizer))).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    _scheduler(prediction_type).save_pretrained(folder / "scheduler")
+    save_model_index(folder)
+    if clip:
+        _save_tiny_clip(folder / "clip", tokenizer)
+    return folder
+
+
+def save_tiny_xl_checkpoint(folder: Path, num_sizes: int = 6) -> Path:
+    """A tiny SDXL with random weights, saved by diffusers' own pipeline, and a guidance CLIP beside it.
+
+    num_sizes: numbers about the picture's size that the UNet takes; SDXL's refiner takes 5.
+    """
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(["a red ball and a blue box on a table"])
+    text = {**_tiny_text(tokenizer), "num_hidden_layers": 2}
+    larger = text | {"hidden_size": 24, "projection_dim": 12}
+    pipeline = StableDiffusionXLPipeline(
+        vae=_tiny_vae(scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**larger)),
+        tokenizer=tokenizer,
+        tokenizer_2=_second_tokenizer(tokenizer),
+        unet=_tiny_unet(
+            cross_attention_dim=16 + 24,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=12 + num_sizes * 8,
+        ),
+        scheduler=_scheduler("epsilon"),
+    )
+    pipeline.save_pretrained(folder)
+    _save_tiny_clip(folder / "clip", tokenizer)
+    return folder
+
+
+def _second_tokenizer(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """The same, but it fills up with another token, as SDXL's second one does."""
+    second = copy.deepcopy(tokenizer)
+    second.pad_token = "!"
+    return second
+
+
+def _tiny_text(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -38,6 +91,43 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def _tiny_vae(**own: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        **own,
+    )
+
+
+def _tiny_unet(**own: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **own,
+    )
+
+
+def _scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
+    )
+
+
+def _save_tiny_clip(folder: Path, tokenizer: CLIPTokenizer) -> None:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -47,42 +137,10 @@ def save_tiny_checkpoint(folder: Path, prediction_type: str = "epsilon", *, clip
         "patch_size": 8,
         "projection_dim": 16,
     }
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-    ).save_pretrained(folder / "vae")
-    UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "unet")
-    CLIPTextModel(CLIPTextConfig(**text)).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
-    ).save_pretrained(folder / "scheduler")
-    save_model_index(folder)
-    if clip:
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
-            folder / "clip"
-        )
-        tokenizer.save_pretrained(folder / "clip")
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-            folder / "clip"
-        )
-    return folder
+    config = CLIPConfig(text_config=_tiny_text(tokenizer), vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def save_tiny_blip(folder: Path) -> Path:
@@ -190,12 +248,13 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 class Networks(NamedTuple):
-    """The networks of a checkpoint. A second text encoder is not among them: it does not count beside the UNet."""
+    """The networks of a checkpoint. SDXL has a second text encoder."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     clip: CLIPModel
+    text_encoder_2: CLIPTextModelWithProjection | None = None
 
 
 def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> Networks:
@@ -222,12 +281,12 @@ def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> N
             "transformer_layers_per_block": (1, 2, 10),
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
+            "projection_class_embeddings_input_dim": width(1280) + 6 * 256,
         }
     unet = UNet2DConditionModel(
         sample_size=size_px // 8,
         block_out_channels=tuple(width(full) for full in ((320, 640, 1280) if xl else (320, 640, 1280, 1280))),
-        cross_attention_dim=width(2048) if xl else text_width,
+        cross_attention_dim=text_width + width(1280) if xl else text_width,
         use_linear_projection=second or xl,
         norm_num_groups=32 if full_size else 8,
         **own,
@@ -257,11 +316,16 @@ def build_networks(version: str, scale: float = 1.0, **special_tokens: int) -> N
     vision |= {"num_attention_heads": 12 if full_size else 2}
     text_encoder = CLIPTextModel(text)
     clip = CLIPConfig(text_config=clip_text | special_tokens, vision_config=vision, projection_dim=width(512))
-    return Networks(unet, vae, text_encoder, CLIPModel(clip))
+    text_encoder_2 = None
+    if xl:
+        second_text = text.to_dict() | {"hidden_size": width(1280), "intermediate_size": 4 * width(1280)}
+        second_text |= {"num_hidden_layers": 32, "num_attention_heads": 20 if full_size else 2, "hidden_act": "gelu"}
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second_text | {"projection_dim": width(1280)}))
+    return Networks(unet, vae, text_encoder, CLIPModel(clip), text_encoder_2)
 
 
 def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int = 0) -> Path:
-    """Write Stable Diffusion `version` as `build_networks` makes it ("1.5" or "2.1") to `folder`.
+    """Write Stable Diffusion `version` as `build_networks` makes it to `folder`.
 
     The tokenizer is ours, because CLIP's vocabulary is not available here.
     """
@@ -275,7 +339,8 @@ def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int 
         pad_token_id=tokenizer.pad_token_id,
     )
     for name, network in networks._asdict().items():
-        network.save_pretrained(folder / name)
+        if network is not None:
+            network.save_pretrained(folder / name)
     for name in ("tokenizer", "clip"):
         tokenizer.save_pretrained(folder / name)
     CLIPImageProcessor().save_pretrained(folder / "clip")
@@ -289,4 +354,8 @@ def save_architecture(folder: Path, version: str, scale: float = 1.0, seed: int 
         prediction_type="v_prediction" if version == "2.1" else "epsilon",
     ).save_pretrained(folder / "scheduler")
     save_model_index(folder)
+    if networks.text_encoder_2 is not None:
+        _second_tokenizer(tokenizer).save_pretrained(folder / "tokenizer_2")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
     return folder

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from diffcolor_core import read_scan
-from diffcolor_core.captions import Captioner, caption_input, load_captioner
 from diffcolor_core.progress import Progress, silent
 from tasks.archive import COLUMNS, CatalogRow, as_text, image_keys, read_catalog
+from tasks.captioner import Captioner, caption_input, load_captioner
 from tasks.colorize import MAX_FILE_BYTES
 from tasks.errors import CatalogError
 from tasks.layout import CATALOG, RUNS, TEMPORARY

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser
 
 from support import s3_server
 from support.browser import NoBrowserError, browser, chromium
-from support.checkpoints import save_tiny_blip, save_tiny_checkpoint
+from support.checkpoints import save_tiny_blip, save_tiny_checkpoint, save_tiny_xl_checkpoint
 from support.pictures import gray_picture
 from tasks.storage import Store
 
@@ -77,6 +77,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny-v"), "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_xl_checkpoint(tmp_path_factory.mktemp("tiny-xl"))
 
 
 @pytest.fixture(scope="session")

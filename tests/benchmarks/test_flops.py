@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.flops import Counter, PeakBytes, count_flop, meta_checkpoint
+from benchmarks.flops import VERSIONS, Counter, PeakBytes, count_flop, meta_checkpoint
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from support.checkpoints import Networks, build_networks
@@ -84,11 +84,12 @@ def test_peak_bytes_are_those_that_live_at_once():
     assert z.shape == (500, 100)
 
 
-def test_the_committed_table_is_of_this_code():
+@pytest.mark.parametrize("size", VERSIONS)
+def test_the_committed_table_is_of_this_code(size):
     with torch.device("meta"):
-        counter = Counter(meta_checkpoint(build_networks("1.5")))
+        counter = Counter(meta_checkpoint(build_networks(VERSIONS[size])))
     cost = counter.reconstruction_step(1, "embedding", None)
-    for name, committed in json.loads(TABLE.read_text())["sd15"].items():
+    for name, committed in json.loads(TABLE.read_text())[size].items():
         steps = preset(name).stage2.embedding_steps
         assert committed["tflop_by_stage"]["embedding"] == pytest.approx(
             steps * cost.flop * preset(name).batch_size / 1e12, rel=1e-4

@@ -109,7 +109,7 @@ def test_the_hub_is_asked_for_exactly_the_pinned_safetensors(monkeypatch):
     assert asked[1][1]["use_safetensors"] is True
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "FluxPipeline"])
+@pytest.mark.parametrize("kind", ["StableDiffusionXLInpaintPipeline", "FluxPipeline"])
 def test_other_architectures_are_refused_by_name(tiny_folder, tmp_path, kind):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from diffcolor_core.attention import recorded_attention
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.prompts import noun_phrases
-from diffcolor_core.regions import RegionalPrompts, phrase_regions, recorded_attention
+from diffcolor_core.regions import RegionalPrompts, phrase_regions
 
 PROMPT = "a red ball and a blue box on a table"
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffcolor_core.captions import Captioner
 from diffcolor_core.errors import ModelError
 from diffcolor_core.model_files import identify
 from tasks import captions
 from tasks.archive import read_catalog
+from tasks.captioner import Captioner
 from tasks.captions import caption_archive
 from tasks.errors import CatalogError
 from tasks.storage import Store

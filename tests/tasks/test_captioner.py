@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcolor_core import captions, read_scan
-from diffcolor_core.captions import MAX_SIDE_PX, caption_input, load_captioner, without_medium
+from diffcolor_core import read_scan
 from diffcolor_core.errors import ModelError
 from diffcolor_core.model_files import PINNED, identify
 from diffcolor_core.prompts import CAPTION_MODEL
+from tasks import captioner as captioning
+from tasks.captioner import MAX_SIDE_PX, caption_input, load_captioner, without_medium
 
 
 def picture(value: int, height: int = 20, width: int = 30) -> np.ndarray:
@@ -65,8 +66,8 @@ def test_the_default_is_asked_for_at_its_pinned_commit_and_as_safetensors(monkey
         asked[source] = options
         raise OSError("no network here")
 
-    monkeypatch.setattr(captions.AutoProcessor, "from_pretrained", lambda *_, **__: None)
-    monkeypatch.setattr(captions.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(captioning.AutoProcessor, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(captioning.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="cannot load .*no network here"):
         load_captioner(CAPTION_MODEL)
     options = asked[CAPTION_MODEL]
