@@ -32,7 +32,7 @@ MAX_FILE_BYTES = 4 * 2**30
 """Of an image file: four times what the largest picture that is read holds in 16 bits."""
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """An image that has been read and decoded.
 
     planned: what is left of what was `asked`, as `adopted` has the rows of the other variants. shared: columns of all
@@ -108,7 +108,7 @@ class ImageWorker:
         the bytes of an image do not depend on its neighbours. Where `colorize` raises, the image's rows say that it
         failed; only AcceleratorFaultError is raised.
         """
-        groups: dict[tuple[int, ...], list[tuple[int, _Opened]]] = {}
+        groups: dict[tuple[int, ...], list[tuple[int, Opened]]] = {}
         for position, planned in enumerate(images):
             found = self._or_failed(planned, partial(self._begin, planned))
             if isinstance(found, list):
@@ -131,7 +131,7 @@ class ImageWorker:
             except Exception as error:
                 return error_rows(self.config, planned, "failed", error)
 
-    def _begin(self, planned: PlannedImage) -> "list[Row] | tuple[tuple[int, ...], _Opened]":
+    def _begin(self, planned: PlannedImage) -> list[Row] | tuple[tuple[int, ...], Opened]:
         """An image that needs a fit, with what it shares with others of its batch; any other's rows."""
         opened = self._open(planned)
         if isinstance(opened, list):
@@ -143,7 +143,7 @@ class ImageWorker:
         except ValueError as error:
             return self._quarantined(opened, error)
 
-    def _make_together(self, group: list[tuple[int, _Opened]]) -> Iterator[tuple[int, list[Row]]]:
+    def _make_together(self, group: list[tuple[int, Opened]]) -> Iterator[tuple[int, list[Row]]]:
         """Fit images as one batch, and make the rows of each. If they cannot be a batch, each is tried alone."""
         photographs = [self._to_fit(opened) for _, opened in group]
         photographs += photographs[:1] * (self.config.options.batch - len(group))
@@ -164,7 +164,7 @@ class ImageWorker:
                         first, why = 1, _first_line(error)
             yield position, self._or_failed(opened.asked, partial(self._make, opened, fit, first=first, why=why))
 
-    def _open(self, planned: PlannedImage) -> "list[Row] | _Opened":
+    def _open(self, planned: PlannedImage) -> list[Row] | Opened:
         """The image, read and decoded; or its rows, if there is nothing to make of it."""
         started_at = datetime.now(UTC)
         if self.pipe.checkpoint.device.type == "cuda":
@@ -188,11 +188,11 @@ class ImageWorker:
             "input_mode": scan.mode,
             "pages_left_out": scan.num_pages - 1,
         }
-        return _Opened(planned, left, scan, adopted, shared)
+        return Opened(planned, left, scan, adopted, shared)
 
     def _make(
         self,
-        opened: _Opened,
+        opened: Opened,
         fit: Fit | DivergedError | None = None,
         *,
         first: int = 0,
@@ -224,7 +224,7 @@ class ImageWorker:
                 fit, why = None, _first_line(error)
         raise AssertionError("the last way returns or raises")
 
-    def _quarantined(self, opened: _Opened, error: ValueError) -> list[Row]:
+    def _quarantined(self, opened: Opened, error: ValueError) -> list[Row]:
         return opened.adopted + error_rows(self.config, opened.planned, "quarantined", error, opened.shared)
 
     @contextmanager
@@ -258,7 +258,7 @@ class ImageWorker:
         keys = {file: key_of(row[f"{file}_uri"]) for file in FILES if row[f"{file}_uri"] is not None}
         return all(map(self.output.has, keys.values())) and self.output.sha256(keys["output"]) == row["output_sha256"]
 
-    def _colorize(self, opened: _Opened, way: _Way, fit: Fit | DivergedError | None, shared: Row) -> list[Row]:
+    def _colorize(self, opened: Opened, way: _Way, fit: Fit | DivergedError | None, shared: Row) -> list[Row]:
         """Make or load the fit if there is none yet, then make the variants. Adds to `shared` what they share."""
         if isinstance(fit, DivergedError):
             raise fit
@@ -301,19 +301,19 @@ class ImageWorker:
     def _keeps_fit(self) -> bool:
         return self.config.options.keep_fits is not False
 
-    def _fit_folder(self, opened: _Opened) -> str:
+    def _fit_folder(self, opened: Opened) -> str:
         return fit_folder(
             opened.shared["input_sha256"], self.config.fit_sha256(opened.planned.work.context_prompt or "")
         )
 
-    def _to_fit(self, opened: _Opened) -> ToFit:
+    def _to_fit(self, opened: Opened) -> ToFit:
         return ToFit(opened.scan, opened.planned.work.context_prompt or "", self.config.options.seed)
 
-    def _primary_only(self, opened: _Opened) -> bool:
+    def _primary_only(self, opened: Opened) -> bool:
         """Whether a fit may end after stage 1: without targets and without a place to keep it."""
         return not self._keeps_fit and all(v.target_prompt is None for v in opened.planned.work.variants)
 
-    def _kept(self, opened: _Opened, way: _Way, fit: Fit | None, shared: Row) -> tuple[Fit, Row]:
+    def _kept(self, opened: Opened, way: _Way, fit: Fit | None, shared: Row) -> tuple[Fit, Row]:
         """The kept fit of these bytes and settings, else `fit` or a new one, which is then kept; and its columns."""
         if not self._keeps_fit or "fallback" in shared:
             has_targets = any(variant.target_prompt is not None for variant in opened.planned.work.variants)
@@ -331,7 +331,7 @@ class ImageWorker:
         size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
         return fit, {"fit_uri": url, "fit_bytes": size, "fit_reused": reused}
 
-    def _new_fit(self, opened: _Opened, way: _Way, *, primary_only: bool) -> Fit:
+    def _new_fit(self, opened: Opened, way: _Way, *, primary_only: bool) -> Fit:
         """The image's fit, as it comes out of a batch whatever its neighbours are: here they are copies of itself."""
         one = self._to_fit(opened)
         if way.batch == 1:
