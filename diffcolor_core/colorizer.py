@@ -163,8 +163,8 @@ class DiffColor:
         """Fit the model to several photographs at once, each with adapters of its own [O].
 
         Gives for each, in their order, what `fit` gives or raises. A fit is the same whatever its neighbours in the
-        batch are; on one CPU thread also wherever it stands among them, if the networks' layers have a multiple of 32
-        channels, as published ones have. It differs in the last digits from that of
+        batch are; on one CPU thread also wherever it stands among them, if the channels of the networks'
+        layers are multiples of 32, as Stable Diffusion's are. It differs in the last digits from that of
         another batch size, so fill a batch up if that matters. Raises ValueError, when the first is asked for, for
         settings without adapters, and for photographs that differ in working size, or whose prompts differ in their
         number of chunks (77 tokens): see `batch_key`.

@@ -1,7 +1,7 @@
 """Runs with `--batch`: what the neighbours in a batch change of an image's bytes and rows, which is nothing.
 
-In batches of four, as the tiny checkpoint has layers of eight channels: torch computes 32 numbers at a time, and what is
-left over at the end of a batch in another way. Published checkpoints have multiples of 32 channels.
+In batches of four, as the tiny checkpoint has layers of eight channels: torch computes 32 numbers at a time, and what
+is left over at the end of a batch in another way.
 """
 
 from contextlib import contextmanager
