@@ -74,7 +74,8 @@ class Bench:
     """An archive, its undisturbed outcome, and runs over it into separate outputs.
 
     outputs: the folder or URL that holds them. environment: variables that runs need to reach it. batch: how many
-    photographs runs fit at once. expected: hash of each (image, variant), None for a quarantined one.
+    photographs runs fit at once. expected: hash of each (image, variant), None for a quarantined one. seconds: the time
+    of the undisturbed run.
     """
 
     archive: Path
@@ -84,6 +85,7 @@ class Bench:
     environment: dict[str, str]
     batch: int = 1
     expected: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @classmethod
     def prepare(
@@ -99,8 +101,10 @@ class Bench:
         """Make the archive and run it once undisturbed."""
         archive = make_archive(folder / "archive", num_images)
         bench = cls(archive, model, folder, outputs or str(folder), environment or {}, batch)
+        start = time.monotonic()
         with bench.run(bench.undisturbed.url) as run:
             assert run.wait() == 3, "the undisturbed run must end with its one quarantined file"
+        bench.seconds = time.monotonic() - start
         bench.expected = outcome(bench.undisturbed)
         assert len(bench.expected) == num_images + 2
         return bench

@@ -78,7 +78,7 @@ def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reck
     for _ in range(rounds):
         with bench.run(output) as run:
             try:
-                run.wait(rng.uniform(3, 45))
+                run.wait(rng.uniform(3, 0.9 * bench.seconds))
                 break  # the run has ended: there is nothing left to disturb
             except subprocess.TimeoutExpired:
                 os.killpg(run.process.pid, signal.SIGKILL)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from ray.exceptions import RayTaskError
 
 from diffcolor_core import Settings
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
@@ -301,6 +300,8 @@ def test_after_the_loss_of_a_node_what_is_left_is_a_batch_again():
 
 
 def test_an_error_of_the_worker_leaves_the_images_to_be_tried_alone():
+    from ray.exceptions import RayTaskError  # late: tests of flows set how Ray starts before they import it
+
     error = RayTaskError("colorize_batch", "traceback", RuntimeError("a bug"))
     pool = Pool(error)
     assert set(outcome(pool, 3).values()) == {"ok"}
