@@ -26,7 +26,7 @@ from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_core.optimising import Photograph
 from diffcolor_core.progress import Progress, silent
 from diffcolor_core.stage1 import colorize_with_prior
-from diffcolor_core.stage2 import FittedModel, InContextFit, fit_in_context, recolor
+from diffcolor_core.stage2 import FittedModel, InContextFit, fit_in_context, recolor, with_identifiers
 from diffcolor_scans.color import srgb_to_lab
 from diffcolor_scans.images import Picture, Scan, read_scan, resize
 from diffcolor_scans.metrics import abs_delta_l, colorfulness
@@ -164,12 +164,26 @@ class DiffColor:
         """Fit the model to several photographs at once, each with adapters of its own [O].
 
         Gives for each, in their order, what `fit` gives or raises. A fit is the same whatever its neighbours in the
-        batch are; on one CPU thread also wherever it stands among them. It differs in the last digits from that of
+        batch are; on one CPU thread also wherever it stands among them, if the channels of the networks'
+        layers are multiples of 32, as Stable Diffusion's are. It differs in the last digits from that of
         another batch size, so fill a batch up if that matters. Raises ValueError, when the first is asked for, for
         settings without adapters, and for photographs that differ in working size, or whose prompts differ in their
-        number of chunks (77 tokens).
+        number of chunks (77 tokens): see `batch_key`.
         """
         return self._fit(photographs, None, primary_only, progress)
+
+    def batch_key(self, photograph: ToFit) -> tuple[int, ...]:
+        """What the photographs of one batch have in common: working height and width, numbers of chunks of c and c'.
+
+        Raises UnreadableImageError if the file is not a picture, and ValueError for a prompt with more noun phrases
+        than there are identifiers.
+        """
+        scan = photograph.image if isinstance(photograph.image, Scan) else read_scan(photograph.image)
+        _, size = self._working_size(scan)
+        prompts = [photograph.context_prompt]
+        if self.settings.stage2.use_identifiers:
+            prompts.append(with_identifiers(self.checkpoint.tokenizer, photograph.context_prompt))
+        return (*size, *map(self.checkpoint.num_chunks, prompts))
 
     def _fit(
         self, photographs: Sequence[ToFit], primary: Picture | None, primary_only: bool, progress: Progress
@@ -305,17 +319,25 @@ class DiffColor:
     def _at_working_size(self, scan: Scan) -> tuple[Tensor, tuple[int, int]]:
         """The scan's lightness at working size [1, h, w], and (height, width) of the part that is picture.
 
-        The picture keeps its aspect and gets the area of the model's native square. Its right and bottom edges are
-        then repeated up to the multiple that the networks need.
+        Its right and bottom edges are repeated as far as there is padding.
+        """
+        content_px, size = self._working_size(scan)
+        small = resize(scan.lightness, content_px)
+        padding = (0, size[1] - content_px[1], 0, size[0] - content_px[0])
+        return F.pad(small[None], padding, mode="replicate")[0], content_px
+
+    def _working_size(self, scan: Scan) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of a scan at working size, and of that with its padding.
+
+        The picture keeps its aspect and gets the area of the model's native square. It is then padded up to the
+        multiple that the networks need.
         """
         side = self.settings.working_size_px or self.checkpoint.native_size_px
         multiple = self.checkpoint.size_multiple_px
         scale = side / (scan.height_px * scan.width_px) ** 0.5
         scale = min(scale, 4 * side / max(scan.height_px, scan.width_px))  # limits the long side of extreme strips
         height, width = (max(1, round(length * scale)) for length in (scan.height_px, scan.width_px))
-        small = resize(scan.lightness, (height, width))
-        padding = (0, -width % multiple, 0, -height % multiple)
-        return F.pad(small[None], padding, mode="replicate")[0], (height, width)
+        return (height, width), (height + -height % multiple, width + -width % multiple)
 
 
 def _chroma_at_working_size(picture: Picture, scan: Scan, size: tuple[int, ...], content_px: tuple[int, int]) -> Tensor:

@@ -177,6 +177,10 @@ class Checkpoint:
             raise ValueError(f"the prompts of one batch have equally many chunks of tokens, but these have {chunks}")
         return torch.cat(embeds)
 
+    def num_chunks(self, prompt: str) -> int:
+        """In how many chunks `encode_prompts` encodes a prompt."""
+        return len(_chunks(self.tokenizer, spoken(prompt)))
+
     def token_positions(self, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
         """For each part prompt[start:end], the positions of its tokens in `encode_prompts([prompt])`."""
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -78,9 +78,7 @@ def fit_in_context(
     # 1. c' from c: one identifier for every noun phrase
     rewritten = [p.context_prompt for p in photographs]
     if stage2.use_identifiers:
-        rare = rare_tokens(checkpoint.tokenizer, 100)
-        unused = [[token for token in rare if token not in c.lower().split()] for c in rewritten]
-        rewritten = [insert_identifiers(c, tokens) for c, tokens in zip(rewritten, unused, strict=True)]
+        rewritten = [with_identifiers(checkpoint.tokenizer, c) for c in rewritten]
 
     # 2. (5) e_opt = argmin_e E ||eps - eps_theta(z_t, t, e)||^2, from e = T(c'), with the base UNet frozen
     e_opt = checkpoint.encode_apart(rewritten).requires_grad_(True)
@@ -106,6 +104,12 @@ def fit_in_context(
     fitted = fitted_copies(unet, checkpoint.unet, stage2.adapter_rank, len(photographs))
     losses = [one | two for one, two in zip(of_embedding, of_model, strict=True)]
     return [InContextFit(*made) for made in zip(rewritten, e_opt.cpu().split(1), fitted, losses, strict=True)]
+
+
+def with_identifiers(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """c' from c, with the rarest tokens that are no words of c. Raises as `insert_identifiers` does."""
+    words = prompt.lower().split()
+    return insert_identifiers(prompt, [token for token in rare_tokens(tokenizer, 100) if token not in words])
 
 
 def rare_tokens(tokenizer: CLIPTokenizer, count: int) -> list[str]:

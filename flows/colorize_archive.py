@@ -91,15 +91,15 @@ def colorize(run: Run, watch: Watched) -> dict[str, int]:
                 pool = stack.enter_context(ray_actors(config))
                 metrics = RunMetrics(config.run_id, plan.num_images)
                 progress = stack.enter_context(watch.showing(RunProgress(plan.num_images, logger, metrics)))
-                shard_size = config.options.shard_size
-                waiting = plan.shards(shard_size, pool.num_actors)
+                cut = (config.options.shard_size, pool.num_actors, config.options.batch)
+                waiting = plan.shards(*cut)
 
                 def submit_next() -> ShardFuture | None:
                     shard = next(waiting, None)
                     return None if shard is None else colorize_shard.submit(shard, config, lease, pool, progress)
 
                 # More than MAX_TASK_RUNS shards are divided among child flows.
-                num_shards = sum(1 for _ in shard_sizes(plan.num_images, shard_size, pool.num_actors))
+                num_shards = sum(1 for _ in shard_sizes(plan.num_images, *cut))
                 num_ranges = math.ceil(num_shards / MAX_TASK_RUNS)
                 work_through = colorize_range if num_ranges > 1 else colorize_range.fn
                 for _ in range(num_ranges):

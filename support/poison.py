@@ -6,7 +6,7 @@ import threading
 
 import psutil
 
-from tasks.colorize import ImageWorker
+from tasks.colorize import ImageWorker, Opened
 from tasks.records import PlannedImage
 from tasks.rows import Row
 
@@ -16,8 +16,8 @@ HANG, SEGFAULT, BALLOON = "hang.png", "segfault.png", "balloon.png"
 class PoisonedWorker(ImageWorker):
     """Misbehaves on the images called HANG, SEGFAULT and BALLOON."""
 
-    def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
-        """Colorize an image, unless its name asks for trouble."""
+    def _open(self, planned: PlannedImage) -> list[Row] | Opened:
+        """Open an image, unless its name asks for trouble."""
         name = planned.work.image_key
         if name == HANG:
             threading.Event().wait()
@@ -30,4 +30,4 @@ class PoisonedWorker(ImageWorker):
                 bytearray(2**34)
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, before)
-        return super().colorize(planned, smaller_because)
+        return super()._open(planned)

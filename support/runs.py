@@ -73,8 +73,9 @@ class Run:
 class Bench:
     """An archive, its undisturbed outcome, and runs over it into separate outputs.
 
-    outputs: the folder or URL that holds them. environment: variables that runs need to reach it.
-    expected: hash of each (image, variant), None for a quarantined one.
+    outputs: the folder or URL that holds them. environment: variables that runs need to reach it. batch: how many
+    photographs runs fit at once. expected: hash of each (image, variant), None for a quarantined one. seconds: the time
+    of the undisturbed run.
     """
 
     archive: Path
@@ -82,7 +83,9 @@ class Bench:
     folder: Path
     outputs: str
     environment: dict[str, str]
+    batch: int = 1
     expected: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @classmethod
     def prepare(
@@ -93,12 +96,15 @@ class Bench:
         outputs: str | None = None,
         environment: dict[str, str] | None = None,
         num_images: int = NUM_IMAGES,
+        batch: int = 1,
     ) -> "Bench":
         """Make the archive and run it once undisturbed."""
         archive = make_archive(folder / "archive", num_images)
-        bench = cls(archive, model, folder, outputs or str(folder), environment or {})
+        bench = cls(archive, model, folder, outputs or str(folder), environment or {}, batch)
+        start = time.monotonic()
         with bench.run(bench.undisturbed.url) as run:
             assert run.wait() == 3, "the undisturbed run must end with its one quarantined file"
+        bench.seconds = time.monotonic() - start
         bench.expected = outcome(bench.undisturbed)
         assert len(bench.expected) == num_images + 2
         return bench
@@ -122,6 +128,8 @@ class Bench:
         """
         command = [sys.executable, "-m", "support.driver", "run", str(archive or self.archive), output]
         command += ["--model", str(self.model), "--run-id", RUN_ID, "--commit-every", "2", "--shard-size", "4"]
+        if self.batch > 1:
+            command += ["--batch", str(self.batch), "--set", "stage1.adapter_rank=2", "--set", "stage2.adapter_rank=2"]
         command += options
         log = self.folder / "runs.log"
         with log.open("ab") as file:

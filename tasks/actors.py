@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -21,7 +21,7 @@ import torch
 from tasks.colorize import ImageWorker
 from tasks.errors import AcceleratorFaultError
 from tasks.local_ray import local_ray
-from tasks.logs import relay
+from tasks.logs import about, relay
 from tasks.options import MachineOptions
 from tasks.progress import visible
 from tasks.records import PlannedImage, RunConfig
@@ -30,6 +30,8 @@ from tasks.rows import Row, error_rows
 logger = logging.getLogger(__name__)
 MAX_NODE_LOSSES = 20
 """How many times an image is tried again because its actor's machine was lost."""
+BATCHES_AT_A_TIME = 4
+"""An actor takes so many batches together, so that photographs of one shape find each other."""
 NODE_LOSS_SECONDS = 30.0
 """Ray needs up to this long to notice a lost machine: it asks five times, every three seconds."""
 
@@ -43,9 +45,9 @@ class RunStoppedError(RuntimeError):
 
 
 class ActorGoneError(RuntimeError):
-    """An actor died or was killed while it worked on an image.
+    """An actor died or was killed while it worked on an image or a batch.
 
-    node_lost: its machine was lost, which is not the image's fault. out_of_memory: Ray killed it to free memory.
+    node_lost: its machine was lost, which is no image's fault. out_of_memory: Ray killed it to free memory.
     """
 
     def __init__(self, reason: str, node_lost: bool = False, out_of_memory: bool = False) -> None:
@@ -63,16 +65,38 @@ class PooledActor:
         self.given_up = False
 
     def colorize(self, planned: PlannedImage, timeout_seconds: float, smaller_because: str | None) -> list[Row]:
-        """The image's rows. Raises ActorGoneError, or Ray's RayTaskError with the error that the actor raised.
+        """The image's rows. Raises ActorGoneError, or Ray's RayTaskError with the error that the actor raised."""
+        import ray
+
+        rows = self.handle.colorize.remote(planned, smaller_because)
+        with self._at_work(timeout_seconds):
+            return list(ray.get(rows, timeout=timeout_seconds))
+
+    def colorize_batch(self, images: Sequence[PlannedImage], timeout_seconds: float) -> Iterator[tuple[int, list[Row]]]:
+        """The position and the rows of each image as it is done, each within the timeout. Raises as `colorize` does."""
+        import ray
+
+        stream = self.handle.colorize_batch.options(num_returns="streaming").remote(images)
+        with self._at_work(timeout_seconds):
+            while ray.wait([stream], timeout=timeout_seconds)[0]:
+                try:
+                    done = next(stream)
+                except StopIteration:
+                    return
+                yield ray.get(done)
+            raise ray.exceptions.GetTimeoutError
+
+    @contextmanager
+    def _at_work(self, timeout_seconds: float) -> Iterator[None]:
+        """Held while the actor works: raises ActorGoneError if it dies or is too slow, and relays what it has logged.
 
         An actor whose GPU has failed counts as gone: its process ends when it is next asked whether it is ready.
         """
         import ray
 
-        rows = self.handle.colorize.remote(planned, smaller_because)
-        logs = self.handle.take_logs.remote() if self.keeps_logs else None  # it waits behind the image
+        logs = self.handle.take_logs.remote() if self.keeps_logs else None  # it waits behind the work
         try:
-            return list(ray.get(rows, timeout=timeout_seconds))
+            yield
         except ray.exceptions.GetTimeoutError:
             ray.kill(self.handle, no_restart=False)
             raise ActorGoneError(f"no result within {timeout_seconds:.0f} s (--image-timeout)") from None
@@ -102,7 +126,7 @@ class PooledActor:
 
 
 class ActorPool:
-    """Lends each actor to one image at a time, so a crash implicates only that image.
+    """Lends each actor to one image or one batch at a time, so a crash implicates no others.
 
     An actor is lent once its model is loaded. When it dies, Ray restarts it, and it is lent again once its model is
     loaded again; the other actors work on meanwhile. Nodes may join and leave.
@@ -270,12 +294,67 @@ def ray_actors(config: RunConfig) -> Iterator[ActorPool]:
         yield pool
 
 
+def colorize_all_on(
+    pool: ActorPool, config: RunConfig, images: Sequence[PlannedImage]
+) -> Iterator[tuple[PlannedImage, list[Row]]]:
+    """Colorize images on actors of the pool, one by one or in batches; gives each with its rows as it is done.
+
+    What a batch has left undone is tried one by one: see `colorize_on`, which also says what is raised.
+    """
+    at_a_time = BATCHES_AT_A_TIME * config.options.batch
+    for start in range(0, len(images), at_a_time):
+        left = list(images[start : start + at_a_time])
+        if config.options.batch > 1:
+            for planned, rows in _colorize_together_on(pool, config, [p for p in left if p.work.problem is None]):
+                left.remove(planned)
+                yield planned, rows
+        for planned in left:
+            with about(image=planned.work.image_key, attempt=max(planned.attempts)):
+                rows = colorize_on(pool, config, planned)
+            yield planned, rows
+
+
+def _colorize_together_on(
+    pool: ActorPool, config: RunConfig, images: Sequence[PlannedImage]
+) -> Iterator[tuple[PlannedImage, list[Row]]]:
+    """Images with their rows, as an actor fits them in batches, until all are done or the actor dies.
+
+    The death is held against no image, as it is unknown whose fault it was. After the loss of a node another actor
+    goes on with what is left.
+    """
+    import ray
+
+    left = dict(enumerate(images))
+    losses = 0
+    while len(left) > 1 and losses <= MAX_NODE_LOSSES:
+        numbers = list(left)
+        try:
+            with pool.borrow() as actor:
+                for position, rows in actor.colorize_batch(list(left.values()), _timeout_seconds(config)):
+                    yield left.pop(numbers[position]), rows
+            return
+        except ray.exceptions.RayTaskError as error:
+            reason, node_lost = str(error.cause), False
+        except ActorGoneError as gone:
+            reason, node_lost = str(gone), gone.node_lost
+        logger.warning("the worker of a batch is gone, %d images are left: %s", len(left), reason)
+        if not node_lost:
+            return
+        losses += 1
+        pool.pause(losses)
+
+
+def _timeout_seconds(config: RunConfig) -> float:
+    """How long an actor may need for one batch; of an image alone as well, as it shares its batch with copies."""
+    return config.options.image_timeout_seconds * config.options.batch
+
+
 def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage) -> list[Row]:
     """Colorize one image on an actor of the pool. Every outcome is rows, except for what `borrow` raises.
 
     If the actor dies, the image is tried again, up to `max_attempts` times in all, at a smaller size if memory had
     run out. Then it is quarantined with what happened each time. An image that takes longer than
-    `image_timeout_seconds` has its actor killed, which counts as a death. A lost node does not count.
+    `image_timeout_seconds` (times the batch) has its actor killed, which counts as a death. A lost node does not count.
     """
     import ray
 
@@ -289,7 +368,7 @@ def colorize_on(pool: ActorPool, config: RunConfig, planned: PlannedImage) -> li
             pool.pause(len(deaths) + losses)
         try:
             with pool.borrow() as actor:
-                return actor.colorize(planned, config.options.image_timeout_seconds, smaller_because)
+                return actor.colorize(planned, _timeout_seconds(config), smaller_because)
         except ray.exceptions.RayTaskError as error:
             return error_rows(config, planned, "failed", error.cause)
         except ActorGoneError as gone:

@@ -1,4 +1,4 @@
-"""One image on one worker: planned work in, manifest rows and written pictures out."""
+"""Images on one worker, alone or in batches: planned work in, manifest rows and written pictures out."""
 
 import hashlib
 import logging
@@ -7,33 +7,59 @@ import platform
 import resource
 import socket
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from diffcolor_core import DiffColor, Fit, FitError, Picture, Result, Scan, read_scan
+from diffcolor_core import DiffColor, DivergedError, Fit, FitError, Picture, Result, Scan, ToFit, read_scan
 from diffcolor_scans.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
-from tasks.logs import Kept, log_as_json
+from tasks.logs import Kept, about, log_as_json
 from tasks.progress import visible
 from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row, base_row, error_rows
 from tasks.storage import Store
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 MAX_FILE_BYTES = 4 * 2**30
 """Of an image file: four times what the largest picture that is read holds in 16 bits."""
+
+
+class Opened(NamedTuple):
+    """An image that has been read and decoded.
+
+    planned: what is left of what was `asked`, as `adopted` has the rows of the other variants. shared: columns of all
+    rows to come.
+    """
+
+    asked: PlannedImage
+    planned: PlannedImage
+    scan: Scan
+    adopted: list[Row]
+    shared: Row
+
+
+class _Way(NamedTuple):
+    """How an image is fitted: with less than was asked for, the model and its settings, in batches of this size."""
+
+    less: str
+    pipe: DiffColor
+    batch: int
 
 
 class ImageWorker:
     """A loaded model that turns planned images into manifest rows. It does not know Prefect, of Ray only its node."""
 
     def __init__(self, config: RunConfig, num_threads: int | None = None) -> None:
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        if num_threads is not None:  # several threads would cut a batch where it shows in the last digits
+            torch.set_num_threads(num_threads if config.options.batch == 1 else 1)
         self.config, self._gpu_failed = config, False
         self._logs: Kept | None = None
         if config.options.log_format == "json":
@@ -67,9 +93,79 @@ class ImageWorker:
         """One row per variant. What is wrong with the image or its prompts is a row; a broken machine raises.
 
         Work that was done before on the same bytes under another name or date is adopted, not done
-        again. Where memory runs out, a smaller working size is tried once, and recorded; at once if
+        again. Where memory runs out, less is tried, and recorded; a smaller working size at once if
         `smaller_because` says why. Raises AcceleratorFaultError if the process is of no more use.
         """
+        opened = self._open(planned)
+        if isinstance(opened, list):
+            return opened
+        return self._make(opened, first=0 if smaller_because is None else -1, why=smaller_because)
+
+    def colorize_batch(self, images: Sequence[PlannedImage]) -> Iterator[tuple[int, list[Row]]]:
+        """The position and the rows of each image, as soon as they are there.
+
+        Images of one working shape are fitted `batch` at a time. A short batch is filled up with copies, so that
+        the bytes of an image do not depend on its neighbours. Where `colorize` raises, the image's rows say that it
+        failed; only AcceleratorFaultError is raised.
+        """
+        groups: dict[tuple[int, ...], list[tuple[int, Opened]]] = {}
+        for position, planned in enumerate(images):
+            found = self._or_failed(planned, partial(self._begin, planned))
+            if isinstance(found, list):
+                yield position, found
+                continue
+            key, opened = found
+            groups.setdefault(key, []).append((position, opened))
+            if len(groups[key]) == self.config.options.batch:
+                yield from self._make_together(groups.pop(key))
+        for group in groups.values():
+            yield from self._make_together(group)
+
+    def _or_failed(self, planned: PlannedImage, work: Callable[[], _T]) -> _T | list[Row]:
+        """What `work` on an image gives, or rows with the error that it raises."""
+        with about(image=planned.work.image_key, attempt=max(planned.attempts)):
+            try:
+                return work()
+            except AcceleratorFaultError:
+                raise
+            except Exception as error:
+                return error_rows(self.config, planned, "failed", error)
+
+    def _begin(self, planned: PlannedImage) -> list[Row] | tuple[tuple[int, ...], Opened]:
+        """An image that needs a fit, with what it shares with others of its batch; any other's rows."""
+        opened = self._open(planned)
+        if isinstance(opened, list):
+            return opened
+        if self._keeps_fit and all(self.output.has(f"{self._fit_folder(opened)}/{name}") for name in FIT_FILES):
+            return self._make(opened)
+        try:
+            return (*self.pipe.batch_key(self._to_fit(opened)), self._primary_only(opened)), opened
+        except ValueError as error:
+            return self._quarantined(opened, error)
+
+    def _make_together(self, group: list[tuple[int, Opened]]) -> Iterator[tuple[int, list[Row]]]:
+        """Fit images as one batch, and make the rows of each. If they cannot be a batch, each is tried alone."""
+        photographs = [self._to_fit(opened) for _, opened in group]
+        photographs += photographs[:1] * (self.config.options.batch - len(group))
+        fits = self.pipe.fit_batch(photographs, primary_only=self._primary_only(group[0][1]))
+        first, why, is_batch = 0, None, True
+        for position, opened in group:
+            fit = None
+            if is_batch:
+                try:
+                    with self._noticing_faults():
+                        fit = next(fits)
+                except AcceleratorFaultError:
+                    raise
+                except Exception as error:
+                    is_batch = False
+                    logger.warning("%d images are tried one by one: %s", len(group), _first_line(error))
+                    if _is_out_of_memory(error):
+                        first, why = 1, _first_line(error)
+            yield position, self._or_failed(opened.asked, partial(self._make, opened, fit, first=first, why=why))
+
+    def _open(self, planned: PlannedImage) -> list[Row] | Opened:
+        """The image, read and decoded; or its rows, if there is nothing to make of it."""
         started_at = datetime.now(UTC)
         if self.pipe.checkpoint.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.pipe.checkpoint.device)
@@ -78,39 +174,69 @@ class ImageWorker:
         except (InvalidKeyError, UnsafeFileError, OversizeError) as error:
             return error_rows(self.config, planned, "quarantined", error)
         shared: Row = {"started_at": started_at, "input_sha256": hashlib.sha256(data).hexdigest()}
-        adopted, planned = self._adopt(planned, shared)
-        if not planned.attempts:
+        adopted, left = self._adopt(planned, shared)
+        if not left.attempts:
             return adopted
         try:
             scan = read_scan(data)
-            del data
-            shared |= {
-                "width_px": scan.width_px,
-                "height_px": scan.height_px,
-                "bit_depth": scan.bit_depth,
-                "input_mode": scan.mode,
-                "pages_left_out": scan.num_pages - 1,
-            }
-            if smaller_because is None:
-                try:
-                    return adopted + self._colorize(planned, scan, self.pipe, shared)
-                except (RuntimeError, MemoryError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    smaller_because = str(error).partition("\n")[0]
-            logger.warning("%s is tried at a smaller size: %s", visible(planned.work.image_key), smaller_because)
-            smaller = smaller_pipe(self.pipe)
-            shared["fallback"] = (
-                f"working size {smaller.settings.working_size_px} px, batch size 1: {smaller_because[:200]}"
-            )
-            return adopted + self._colorize(planned, scan, smaller, shared)
-        except ValueError as error:  # an unreadable image, a prompt that cannot be used
-            return adopted + error_rows(self.config, planned, "quarantined", error, shared)
+        except ValueError as error:
+            return adopted + error_rows(self.config, left, "quarantined", error, shared)
+        shared |= {
+            "width_px": scan.width_px,
+            "height_px": scan.height_px,
+            "bit_depth": scan.bit_depth,
+            "input_mode": scan.mode,
+            "pages_left_out": scan.num_pages - 1,
+        }
+        return Opened(planned, left, scan, adopted, shared)
+
+    def _make(
+        self,
+        opened: Opened,
+        fit: Fit | DivergedError | None = None,
+        *,
+        first: int = 0,
+        why: str | None = None,
+    ) -> list[Row]:
+        """The rows of an opened image, made in the first way for which memory suffices.
+
+        fit: what the first way has given already. first: the way to begin with, if `why` says why not with the first.
+        """
+        batch = self.config.options.batch
+        smaller = smaller_pipe(self.pipe)
+        less = f"working size {smaller.settings.working_size_px} px, batch size 1"
+        ways = [_Way("", self.pipe, batch), _Way("batch of 1", self.pipe, 1), _Way(less, smaller, 1)]
+        if batch == 1:
+            del ways[1]
+        for way in ways[first:]:
+            shared = dict(opened.shared)
+            if why is not None:
+                logger.warning("%s is tried with %s: %s", visible(opened.asked.work.image_key), way.less, why)
+                shared["fallback"] = f"{way.less}: {why[:200]}"
+            try:
+                with self._noticing_faults():
+                    return opened.adopted + self._colorize(opened, way, fit, shared)
+            except ValueError as error:  # a prompt that cannot be used
+                return self._quarantined(opened, error)
+            except (RuntimeError, MemoryError) as error:
+                if way is ways[-1] or not _is_out_of_memory(error):
+                    raise
+                fit, why = None, _first_line(error)
+        raise AssertionError("the last way returns or raises")
+
+    def _quarantined(self, opened: Opened, error: ValueError) -> list[Row]:
+        return opened.adopted + error_rows(self.config, opened.planned, "quarantined", error, opened.shared)
+
+    @contextmanager
+    def _noticing_faults(self) -> Iterator[None]:
+        """Raises AcceleratorFaultError for an error after which this process is of no more use."""
+        try:
+            yield
         except RuntimeError as error:
-            if _is_accelerator_fault(error):
-                self._gpu_failed = True
-                raise AcceleratorFaultError(str(error).strip().partition("\n")[0]) from error
-            raise
+            if not _is_accelerator_fault(error):
+                raise
+            self._gpu_failed = True
+            raise AcceleratorFaultError(_first_line(error)) from error
 
     def _adopt(self, planned: PlannedImage, shared: Row) -> tuple[list[Row], PlannedImage]:
         """Rows of the variants that an earlier row answers, and what is left of the plan."""
@@ -132,12 +258,16 @@ class ImageWorker:
         keys = {file: key_of(row[f"{file}_uri"]) for file in FILES if row[f"{file}_uri"] is not None}
         return all(map(self.output.has, keys.values())) and self.output.sha256(keys["output"]) == row["output_sha256"]
 
-    def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
-        """Make or load the fit, then make the variants."""
+    def _colorize(self, opened: Opened, way: _Way, fit: Fit | DivergedError | None, shared: Row) -> list[Row]:
+        """Make or load the fit if there is none yet, then make the variants. Adds to `shared` what they share."""
+        if isinstance(fit, DivergedError):
+            raise fit
         start = time.perf_counter()
+        if fit is not None:
+            start -= fit.stage1_seconds + fit.stage2_seconds  # its share of the batch
+        planned = opened.planned
         key, context, sha256 = planned.work.image_key, planned.work.context_prompt, shared["input_sha256"]
-        has_targets = any(variant.target_prompt is not None for variant in planned.work.variants)
-        fit, columns = self._fit(scan, context or "", pipe, shared, has_targets=has_targets)
+        fit, columns = self._kept(opened, way, fit, shared)
         shared |= columns | {
             "rewritten_prompt": fit.rewritten_prompt,
             "stage1_seconds": fit.stage1_seconds,
@@ -156,7 +286,7 @@ class ImageWorker:
         rows = []
         for index, variant in enumerate(planned.work.variants):
             start = time.perf_counter()
-            result = pipe.recolor(fit, variant.target_prompt)
+            result = way.pipe.recolor(fit, variant.target_prompt)
             if variant.target_prompt is None:
                 files = primary
             else:
@@ -167,27 +297,49 @@ class ImageWorker:
             rows.append(row | {"total_seconds": fit_seconds + time.perf_counter() - start})
         return rows
 
-    def _fit(
-        self, scan: Scan, context_prompt: str, pipe: DiffColor, shared: Row, *, has_targets: bool
-    ) -> tuple[Fit, Row]:
-        """The kept fit of these bytes and settings, or a new one, which is then kept; and its columns.
+    @property
+    def _keeps_fit(self) -> bool:
+        return self.config.options.keep_fits is not False
 
-        Without targets and without a place to keep it, the fit stops after stage 1.
-        """
-        seed = self.config.options.seed
-        if self.config.options.keep_fits is False or "fallback" in shared:
-            fit = pipe.fit(scan, context_prompt, seed=seed, primary_only=not has_targets)
-            return fit, {"fit_reused": False}
-        folder = fit_folder(shared["input_sha256"], self.config.fit_sha256(context_prompt))
+    def _fit_folder(self, opened: Opened) -> str:
+        return fit_folder(
+            opened.shared["input_sha256"], self.config.fit_sha256(opened.planned.work.context_prompt or "")
+        )
+
+    def _to_fit(self, opened: Opened) -> ToFit:
+        return ToFit(opened.scan, opened.planned.work.context_prompt or "", self.config.options.seed)
+
+    def _primary_only(self, opened: Opened) -> bool:
+        """Whether a fit may end after stage 1: without targets and without a place to keep it."""
+        return not self._keeps_fit and all(v.target_prompt is None for v in opened.planned.work.variants)
+
+    def _kept(self, opened: Opened, way: _Way, fit: Fit | None, shared: Row) -> tuple[Fit, Row]:
+        """The kept fit of these bytes and settings, else `fit` or a new one, which is then kept; and its columns."""
+        if not self._keeps_fit or "fallback" in shared:
+            has_targets = any(variant.target_prompt is not None for variant in opened.planned.work.variants)
+            return fit or self._new_fit(opened, way, primary_only=not has_targets), {"fit_reused": False}
+        folder, reused = self._fit_folder(opened), False
         url = self.output.uri(folder)
-        try:
-            fit, reused = self.output.patiently(lambda: pipe.load_fit(url, scan)), True
-        except FitError:  # none yet, or one that a crash left half written
-            fit, reused = pipe.fit(scan, context_prompt, seed=seed), False
+        if fit is None:
+            try:
+                fit, reused = self.output.patiently(lambda: way.pipe.load_fit(url, opened.scan)), True
+            except FitError:  # none yet, or one that a crash left half written
+                fit = self._new_fit(opened, way, primary_only=False)
+        if not reused:
             for name, data in fit.files(with_scan=False).items():
                 self.output.write(f"{folder}/{name}", data)
         size = sum(self.output.size(f"{folder}/{name}") for name in FIT_FILES)
         return fit, {"fit_uri": url, "fit_bytes": size, "fit_reused": reused}
+
+    def _new_fit(self, opened: Opened, way: _Way, *, primary_only: bool) -> Fit:
+        """The image's fit, as it comes out of a batch whatever its neighbours are: here they are copies of itself."""
+        one = self._to_fit(opened)
+        if way.batch == 1:
+            return way.pipe.fit(one.image, one.context_prompt, seed=one.seed, primary_only=primary_only)
+        fit = next(way.pipe.fit_batch([one] * way.batch, primary_only=primary_only))
+        if isinstance(fit, DivergedError):
+            raise fit
+        return fit
 
     def _write(self, stem: str, picture: Picture, fit: Fit, prompt: str, *, with_access_copy: bool = True) -> Row:
         """Write a picture and, if a row will name it, its access copy; where they are, as columns."""
@@ -233,6 +385,10 @@ def smaller_pipe(pipe: DiffColor) -> DiffColor:
     side = pipe.settings.working_size_px or pipe.checkpoint.native_size_px
     changes = {"working_size_px": max(1, side * 3 // 4), "batch_size": 1}
     return DiffColor(pipe.checkpoint, pipe.settings.model_copy(update=changes))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

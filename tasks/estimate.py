@@ -295,17 +295,19 @@ def _same_generations(output: Store, config: RunConfig) -> list[int]:
     """The runs on this output that had the same model, settings and dtype."""
 
     def shaped(record: dict[str, Any]) -> dict[str, Any]:
-        return {"dtype": "auto"} | {name: record[name] for name in _SHAPES_TIME if name in record}
+        return {"dtype": "auto", "batch": 1} | {name: record[name] for name in _SHAPES_TIME if name in record}
 
     mine = shaped(json.loads(json.dumps(config.record())))
     return [number for number, record in run_records(output) if shaped(record) == mine]
 
 
-_SHAPES_TIME = ("model_id", "model_revision", "settings", "dtype")
+_SHAPES_TIME = ("model_id", "model_revision", "settings", "dtype", "batch")
 _SECONDS = """
     with images as (
         select any_value(fit_reused) as reused, any_value(width_px::bigint * height_px) as pixels,
-            epoch(max(finished_at)) - epoch(min(started_at)) as wall, sum(sampling_seconds) as sampling,
+            -- an image of a batch waits for its neighbours, so its time is what it took itself
+            case when $batch then max(total_seconds) - max(sampling_seconds) + sum(sampling_seconds)
+                else epoch(max(finished_at)) - epoch(min(started_at)) end as wall, sum(sampling_seconds) as sampling,
             any_value(stage1_seconds + stage2_seconds) as fit, count(*) as variants
         from attempts
         where status = 'ok' and adopted_from is null and list_contains($same, generation) and width_px is not null
@@ -321,7 +323,7 @@ def _measured(manifest: DuckDBPyConnection | None, same: list[int], config: RunC
     """The medians of the runs `same`."""
     if manifest is None:
         return _Rates({}, {}, {}, None, None, 0)
-    rows = manifest.execute(_SECONDS, {"same": same}).fetchall()
+    rows = manifest.execute(_SECONDS, {"same": same, "batch": config.options.batch > 1}).fetchall()
     fit, sampling, other = (
         {row[0]: max(0.0, row[column]) for row in rows if row[column] is not None} for column in (1, 2, 3)
     )
@@ -353,7 +355,8 @@ def _try_out(config: RunConfig, images: Iterable[PlannedImage], num_actors: int,
         options = config.options.model_copy(update={"output": folder})
         config = replace(config, options=options, device="cuda" if share else "cpu", generation=1)
         worker = ImageWorker(config, threads)
-        rows = [row for planned in images for row in worker.colorize(replace(planned, earlier=()))]
+        trials = [replace(planned, earlier=()) for planned in images]
+        rows = [row for _, made in worker.colorize_batch(trials) for row in made]
         if not any(row["status"] == "ok" for row in rows):
             raise EstimateError(f"no image of the trial could be colorized: {rows[0]['error_message']}")
         commit_part(Store(folder), "trial", rows)

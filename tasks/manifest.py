@@ -111,8 +111,12 @@ _COLUMNS = (
     _Column("clip_similarity", pa.float64(), "Cosine of the guidance CLIP between the image and the prompt asked for."),
     _Column("mean_abs_delta_l", pa.float64(), "Mean |L* output - L* input| of the saved pixels.", "L*"),
     _Column("p99_abs_delta_l", pa.float64(), "99th percentile of |L* output - L* input|.", "L*"),
-    _Column("stage1_seconds", pa.float64(), "Stage 1 of the fit, shared by the image's variants.", "s"),
-    _Column("stage2_seconds", pa.float64(), "Stage 2 of the fit, shared by the image's variants.", "s"),
+    _Column(
+        "stage1_seconds", pa.float64(), "Stage 1 of the fit, shared by the image's variants; its share of a batch.", "s"
+    ),
+    _Column(
+        "stage2_seconds", pa.float64(), "Stage 2 of the fit, shared by the image's variants; its share of a batch.", "s"
+    ),
     _Column("sampling_seconds", pa.float64(), "Sampling and alignment of this variant.", "s"),
     _Column("total_seconds", pa.float64(), "The fit and this variant, with assembly, metrics and writing.", "s"),
     _Column("device_name", pa.string(), "Name of the GPU, or the processor."),

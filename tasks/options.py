@@ -75,6 +75,11 @@ class PictureOptions(_Options):
     float32. There is no float16: Stable Diffusion's VAE overflows in it, and small gradients vanish."""
     overrides: dict[str, Any] | None = None
     """Settings that differ from the preset's, by path: `stage2.adapter_rank=4`."""
+    batch: AtLeastOne = 1
+    """Photographs that an actor fits at once. A GPU then does more in the same time, and needs more memory. It needs
+    settings with adapters, as in `standard` and `fast`. Only photographs of one working shape share a batch, and a
+    short one is filled with copies. The size of the batch shows in the last digits, so another one does the work again.
+    On a CPU each actor takes one thread then: give `--num-actors` as many as there are cores."""
     keep_fits: bool | None = None
     """Keep each fit in `OUTPUT/fits`, so that later prompts need no fitting. A fit is as large as the weights that were
     trained: 3.4 GB for Stable Diffusion 1.5 with `paper`, a few megabytes with adapters. By default fits of up to
@@ -87,13 +92,14 @@ class MachineOptions(_Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. `auto` takes the GPUs that are there, and the CPU where there are none."""
     num_actors: AtLeastOne | None = None
-    """Ray actors, each with one image at a time. By default one per GPU, or one on the CPU."""
+    """Ray actors, each with one image or one batch at a time. By default one per GPU, or one on the CPU."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each actor; below 1, actors share a GPU. By default 1, or less if there are more actors than GPUs."""
     ray_address: str | None = None
     """Address of a Ray cluster: `auto` on one of its nodes. By default, a local Ray runs as long as the run does."""
     shard_size: AtLeastOne = 32
-    """Images per Prefect task. The last shards are smaller, so that all actors finish together."""
+    """Images per Prefect task. The last shards are smaller, so that all actors finish together. With `--batch`, shards
+    hold whole batches, at least one."""
     log_format: Literal["text", "json"] = "text"
     """`json` writes every line to stderr as a JSON object, with run, shard, image and attempt, and one for each image
     that is done; lines of the actors are among them."""
@@ -115,7 +121,8 @@ class ResumeOptions(_Options):
     """Stop the run in order after so many hours, as SIGTERM does: finished images are committed, and the same command
     goes on later."""
     image_timeout_seconds: Annotated[float, Field(ge=1)] = 3600.0
-    """Seconds after which an image's actor is killed, in case a decoder or a driver hangs."""
+    """Seconds after which an image's actor is killed, in case a decoder or a driver hangs. With `--batch`, so many for
+    each photograph of the batch."""
     max_attempts: AtLeastOne = 3
     """How many times an image may kill its actor before it is quarantined."""
     notify: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")] | None = None

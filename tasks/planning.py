@@ -35,17 +35,20 @@ def output_below(archive: Store, output: Store) -> str | None:
     return output.below(archive)
 
 
-def shard_sizes(num_images: int, size: int, num_actors: int) -> Iterator[int]:
+def shard_sizes(num_images: int, size: int, num_actors: int, batch: int = 1) -> Iterator[int]:
     """The number of images of each shard: `size`, then fewer and fewer, so that all actors end together.
 
-    This is guided self-scheduling (Polychronopoulos and Kuck 1987): one actor's share of what is left, rounded up.
+    This is guided self-scheduling (Polychronopoulos and Kuck 1987): one actor's share of what is left, rounded up. All
+    but the last are whole batches, at least one, as a batch takes as long with fewer photographs.
     """
     if size < 1:
         raise ValueError(f"shard_size is {size}, but a shard holds at least 1 image")
+    most = max(1, size // batch)
     while num_images > 0:
-        batch = min(size, math.ceil(num_images / num_actors))
-        yield batch
-        num_images -= batch
+        share = math.ceil(num_images / (num_actors * batch))
+        taken = min(num_images, batch * min(most, share))
+        yield taken
+        num_images -= taken
 
 
 class Plan:
@@ -96,10 +99,10 @@ class Plan:
         self.done_before = dict(done_before)
         (self.num_images,) = database.execute("select count(distinct fit) from todo").fetchone() or (0,)
 
-    def shards(self, size: int, num_actors: int = 1) -> Iterator[Shard]:
+    def shards(self, size: int, num_actors: int = 1, batch: int = 1) -> Iterator[Shard]:
         """The planned images in order, in shards of the sizes that `shard_sizes` gives."""
         images = self.images()
-        for number, num_images in enumerate(shard_sizes(self.num_images, size, num_actors)):
+        for number, num_images in enumerate(shard_sizes(self.num_images, size, num_actors, batch)):
             yield Shard(number, tuple(islice(images, num_images)))
 
     def images(self) -> Iterator[PlannedImage]:

@@ -81,6 +81,8 @@ class RunConfig:
         inputs = [METHOD_VERSION, model, self.settings.sha256(), self.options.seed]
         if self.options.dtype != "auto":  # `auto` is like the GPU's own way to round: no part of the hash
             inputs.append(self.options.dtype)
+        if self.options.batch > 1:  # sums in another order: the last digits differ
+            inputs.append(self.options.batch)
         return json.dumps(inputs)
 
     def fit_sha256(self, context_prompt: str | None) -> str:

@@ -54,6 +54,11 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
 
     output_below(source, target)
     settings = settings_preset(options.preset or preset_for(options.model), options.overrides)
+    if options.batch > 1 and None in (settings.stage1.adapter_rank, settings.stage2.adapter_rank):
+        raise ValueError(
+            f"--batch {options.batch}: photographs share a batch only if each trains adapters of its own, so take "
+            "--preset standard or fast, or --set stage1.adapter_rank=4 --set stage2.adapter_rank=4"
+        )
     whole_archive = isinstance(asked, RunOptions)
     required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
     with open_plan(read_catalog(source, options.catalog, required)) as plan:

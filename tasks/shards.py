@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 
-from tasks.actors import ActorPool, RunStoppedError, colorize_on
+from tasks.actors import ActorPool, RunStoppedError, colorize_all_on
 from tasks.lease import Lease
 from tasks.logs import about
 from tasks.manifest import commit_part
@@ -26,7 +26,7 @@ COMMIT_SECONDS = 300.0
 def colorize_shard(
     shard: Shard, config: RunConfig, lease: Lease, pool: ActorPool, progress: RunProgress
 ) -> Counter[str] | State[Any]:
-    """Colorize a shard's images one after the other and commit their rows in parts; count the variants by status."""
+    """Colorize a shard's images and commit their rows in parts, as they are done; count the variants by status."""
     output = Store(config.options.output)
     counts: Counter[str] = Counter()
     pending: list[Row] = []
@@ -40,11 +40,10 @@ def colorize_shard(
         committed_at = time.monotonic()
 
     try:
-        with pool.in_use():
+        with pool.in_use(), about(shard=shard.number):
             try:
-                for number, planned in enumerate(shard.images, 1):
-                    with about(shard=shard.number, image=planned.work.image_key, attempt=max(planned.attempts)):
-                        rows = colorize_on(pool, config, planned)
+                for number, (planned, rows) in enumerate(colorize_all_on(pool, config, shard.images), 1):
+                    with about(image=planned.work.image_key, attempt=max(planned.attempts)):
                         pending += rows
                         counts.update(row["status"] for row in rows)
                         progress.image_done(rows)

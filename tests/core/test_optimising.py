@@ -108,6 +108,16 @@ def test_what_cannot_be_a_batch_is_refused(pipe, others, settings, reason):
         list(DiffColor(pipe.checkpoint, settings).fit_batch([photograph(0), *others]))
 
 
+def test_photographs_with_one_key_can_be_a_batch(pipe):
+    key = pipe.batch_key(photograph(0))
+    assert key == pipe.batch_key(photograph(1))
+    assert key != pipe.batch_key(photograph(1)._replace(image=Scan(torch.rand(1, 32, 64), None, 8, "L")))
+    assert key[:2] == tuple(next(pipe.fit_batch([photograph(0)] * 2, primary_only=True)).lightness.shape[-2:])
+    room = int(pipe.checkpoint.tokenizer.model_max_length) - 2
+    full = photograph(0)._replace(context_prompt=" ".join(["a ball"] + ["on"] * (room - 2)))
+    assert pipe.batch_key(full)[2:] == (1, 2), "its identifier is one token too many"
+
+
 def test_an_early_stop_ends_the_training_of_one_photograph_and_its_draws():
     """Three photographs of one number each, which learn their target; the second stops after two steps."""
     x = torch.zeros(3, requires_grad=True)

@@ -1,6 +1,6 @@
 """`make chaos`: injects every fault again and again, on a local disk and on an S3 server, and prints a table.
 
-python -m tests.faults.chaos --rounds 10 [--only "Ctrl-C"]
+python -m tests.faults.chaos --rounds 10 [--only "Ctrl-C"] [--batch 4]
 
 With --json each fault's record is added to the file as soon as it is there, so a long series can be done in pieces.
 """
@@ -31,11 +31,12 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only this fault; repeat it.")] = None,
     store: Annotated[list[str] | None, typer.Option(help="Only on this store, local or s3.")] = None,
     images: Annotated[int, typer.Option(help="Good images in the archive.")] = NUM_IMAGES,
+    batch: Annotated[int, typer.Option(help="Photographs that runs fit at once, each with adapters of its own.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Add the records to this file.")] = None,
 ) -> None:
     """Inject faults and count. Exit code 1 if anything was lost, done twice, changed or left behind."""
     records: list[dict[str, Any]] = []
-    how = {"images": images, "rounds": rounds, "seed": seed}
+    how = {"images": images, "rounds": rounds, "seed": seed, "batch": batch}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_tiny_checkpoint(folder / "model")
@@ -43,12 +44,13 @@ def main(
             faults = {name: inject for name, (inject, stores) in FAULTS.items() if kind in stores}
             chosen = {name: inject for name, inject in faults.items() if not only or name in only}
             try:
-                bench = Bench.prepare(folder / kind, model, num_images=images, **outputs_on(kind, folder))
+                bench = Bench.prepare(folder / kind, model, num_images=images, batch=batch, **outputs_on(kind, folder))
                 for number, (name, inject) in enumerate(chosen.items()):
                     output = f"{bench.outputs}/out-{number}"
                     outcome = attempt(inject, bench, output, rounds, seed)
                     records.append({"fault": name, "store": kind, **how, **outcome})
-                    record(json_file, f"{name}, {kind}", records[-1], "ray", "prefect")
+                    which = f"{name}, {kind}" + (f", batches of {batch}" if batch > 1 else "")
+                    record(json_file, which, records[-1], "ray", "prefect")
             except NoServerError as error:
                 print(f"not on {kind}: {error}")
             finally:
@@ -90,11 +92,12 @@ def table_of(records: list[dict[str, Any]]) -> Table:
     table = Table("fault", "store", "injected", "lost", "doubled", "same bytes", "left behind", "resumed in", "")
     for r in records:
         remark = str(r.get("error", r.get("not_here", "")))[:60]
+        name = r["fault"] + (f", batches of {r['batch']}" if r.get("batch", 1) > 1 else "")
         if "injected" not in r:
-            table.add_row(r["fault"], r["store"], *[""] * 6, remark)
+            table.add_row(name, r["store"], *[""] * 6, remark)
             continue
         figures = (r["injected"], r["lost"], r["doubled"], "yes" if r["identical"] else "NO", len(r["litter"]))
-        table.add_row(r["fault"], r["store"], *map(str, figures), f"{r['seconds']:.0f} s", remark)
+        table.add_row(name, r["store"], *map(str, figures), f"{r['seconds']:.0f} s", remark)
     counted = [r for r in records if "injected" in r]
     total = [str(sum(r[column] for r in counted)) for column in ("injected", "lost", "doubled")]
     table.add_row(f"all {len({r['fault'] for r in counted})} kinds", "", *total, "", "", "", "", style="bold")

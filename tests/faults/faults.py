@@ -78,7 +78,7 @@ def kill_run(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reck
     for _ in range(rounds):
         with bench.run(output) as run:
             try:
-                run.wait(rng.uniform(3, 45))
+                run.wait(rng.uniform(3, 0.9 * bench.seconds))
                 break  # the run has ended: there is nothing left to disturb
             except subprocess.TimeoutExpired:
                 os.killpg(run.process.pid, signal.SIGKILL)
@@ -257,7 +257,7 @@ def out_of_hours(bench: Bench, output: str, rounds: int, rng: random.Random) -> 
 def poison(bench: Bench, output: str, rounds: int, rng: random.Random) -> Reckoning:
     """Three bad images among good ones: two kill their actor at each attempt, the third runs out of memory twice."""
     archive = _archive_with(bench, output, HANG, SEGFAULT, BALLOON)
-    options = ("--image-timeout", "40", "--max-attempts", "2")
+    options = ("--image-timeout", str(40 // bench.batch), "--max-attempts", "2")
     with bench.run(output, *options, archive=archive, environment={"DIFFCOLOR_POISON": "1"}) as run:
         assert run.wait(900) == 3
     rows = query(Store(output), "select image_key, status, error_class from results where status <> 'ok'").fetchall()

@@ -2,11 +2,13 @@
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from diffcolor_core import DiffColor, Fit, Scan
+from diffcolor_core import DivergedError, Fit, ToFit
 from tasks import colorize
-from tasks.colorize import ImageWorker
+from tasks.colorize import ImageWorker, Opened
 from tasks.records import PlannedImage, RunConfig
 from tasks.rows import Row
 
@@ -18,6 +20,21 @@ class DeadlyWorker(ImageWorker):
         if planned.work.image_key == "scan 2.png":
             raise RuntimeError("the store is away")
         return super().colorize(planned, smaller_because)
+
+
+class DeadlyInABatchWorker(ImageWorker):
+    """Dies in the fit of a photograph under the prompt "a deadly box", whatever is in the batch with it."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        fit_batch = self.pipe.fit_batch
+
+        def die(photographs: list[ToFit], **more: Any) -> Iterator[Fit | DivergedError]:
+            if any(one.context_prompt == "a deadly box" for one in photographs):
+                os._exit(7)
+            return fit_batch(photographs, **more)
+
+        self.pipe.fit_batch = die  # type: ignore[method-assign,assignment]
 
 
 class BrokenWorker(ImageWorker):
@@ -51,15 +68,15 @@ class FaultyAcceleratorWorker(ImageWorker):
         super().__init__(*arguments)  # type: ignore[arg-type]
         self.poisoned = False
 
-    def _colorize(self, planned: PlannedImage, scan: Scan, pipe: DiffColor, shared: Row) -> list[Row]:
-        if planned.work.image_key == "scan 1.png":
+    def _colorize(self, opened: Opened, *more: Any) -> list[Row]:
+        if opened.asked.work.image_key == "scan 1.png":
             first_time = Path(f"{self.config.options.output}.fault")
             self.poisoned |= not first_time.exists()
             first_time.touch()
-        if self.poisoned or planned.work.image_key == "scan 2.png":
+        if self.poisoned or opened.asked.work.image_key == "scan 2.png":
             self.poisoned = True
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
-        return super()._colorize(planned, scan, pipe, shared)
+        return super()._colorize(opened, *more)
 
 
 class SmallEyedWorker(ImageWorker):

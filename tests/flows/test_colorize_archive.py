@@ -15,7 +15,7 @@ from prefect.states import Running
 from diffcolor_core import config, read_scan
 from flows.colorize_archive import colorize_archive
 from flows.recolor_archive import recolor_archive
-from support.pictures import gray_picture
+from support.pictures import gray_picture, make_archive
 from tasks.errors import ManifestError, OutputBusyError
 from tasks.lease import hold_output
 from tasks.manifest import query
@@ -303,6 +303,33 @@ def test_a_deadly_image_is_quarantined_and_the_others_are_done(small_archive, ti
     # a failed image is tried again, a quarantined one is not
     assert colorize_archive(**arguments) == {"ok": 3, "quarantined": 2, "failed": 0, "done_before": 4}
     assert ask(output, "select attempt from results where image_key = 'scan 2.png'") == [(2,)]
+
+
+def test_a_deadly_image_in_a_batch_of_four_is_quarantined_alone(tiny_folder, tmp_path, monkeypatch):
+    from tasks import actors
+    from tests.flows.deadly import DeadlyInABatchWorker
+
+    archive = make_archive(tmp_path / "archive", 5)
+    catalog = (archive / "catalog.csv").read_text()
+    (archive / "catalog.csv").write_text(catalog.replace("2.png,a ball on a table", "2.png,a deadly box"))
+    adapters = {"stage1.adapter_rank": 2, "stage2.adapter_rank": 2}
+    options = {"batch": 4, "shard_size": 8, "max_attempts": 1, "run_id": "r", "overrides": adapters}
+    output, quiet = tmp_path / "out", tmp_path / "quiet"
+    with monkeypatch.context() as patch:
+        patch.setattr(actors, "ImageWorker", DeadlyInABatchWorker)
+        summary = colorize_archive(str(archive), str(output), model=str(tiny_folder), options=options)
+    assert summary == {"ok": 5, "quarantined": 2, "failed": 0, "done_before": 0}
+    status = "select image_key, target_prompt, status, output_sha256 from attempts order by all"
+    rows = ask(output, status)
+    assert [key for key, _, state, _ in rows if state == "quarantined"] == ["2.png", "broken.jpg"]
+    assert [key for key, *_ in rows] == ["0.png", "0.png", "1.png", "2.png", "3.png", "4.png", "broken.jpg"]
+    ((message,),) = ask(output, "select error_message from results where image_key = '2.png'")
+    assert "died 1 times on this image" in message
+    assert ask(output, "select count(*) from results where fallback is not null") == [(0,)]
+    # the others have the bytes that they have where nothing dies
+    (archive / "2.png").unlink()
+    colorize_archive(str(archive), str(quiet), model=str(tiny_folder), options=options)
+    assert [row for row in ask(quiet, status) if row[0] != "2.png"] == [row for row in rows if row[0] != "2.png"]
 
 
 def test_the_bytes_do_not_depend_on_how_the_run_was_cut(small_archive, tiny_folder, tmp_path):

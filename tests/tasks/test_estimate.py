@@ -122,6 +122,14 @@ def test_a_run_in_another_dtype_tells_nothing(config, output):
     assert told(config).seconds is None
 
 
+def test_an_image_of_a_batch_counts_with_its_own_time(config, output):
+    """It waits for its neighbours: from when it was read until it was done takes longer than its share of the batch."""
+    batched = with_options(config, batch=4)
+    has_run(output, batched, measured(other=300.0, total_seconds=75.0))
+    assert told(batched).seconds == pytest.approx(3 * 75)
+    assert told(config).seconds is None, "a run without batches takes another time"
+
+
 @pytest.mark.parametrize("change", [{"settings": preset("paper")}, {"model_revision": "sha256:2"}])
 def test_runs_with_another_model_or_other_settings_tell_nothing(config, output, change):
     has_run(output, replace(config, **change), measured())
