@@ -139,7 +139,9 @@ def meta_checkpoint(networks: Any, *, alike: Checkpoint | None = None) -> Checkp
 
 def cost_of(call: Callable[[], Any], *held: nn.Module) -> Cost:
     """The cost of one call, while these modules are in memory."""
-    with PeakBytes(*held) as memory, count_flop() as counter, fused_attention():
+    with count_flop() as counter, fused_attention():
+        call()
+    with PeakBytes(*held) as memory, fused_attention():  # apart, as the other count's hooks keep tensors
         result = call()
     del result
     return Cost(counter.get_total_flops(), memory.peak)
@@ -180,23 +182,27 @@ class Counter:
     def stages(self, settings: Settings, pictures: int = 1) -> dict[str, Stage]:
         """What a fit and one new prompt cost, by stage; of `pictures` photographs in one batch.
 
-        The text towers are left out: all prompts together cost less than one step.
+        What is not optimised is done for one photograph after the other. The text towers are left out: all prompts
+        together cost less than one step.
         """
         one, two = settings.stage1, settings.stage2
-        batch = settings.batch_size * pictures
+        apart = pictures if one.adapter_rank else 1  # a batch needs adapters: without, its photographs count as draws
+        draws, batch = settings.batch_size * pictures // apart, settings.batch_size * pictures
         primary = settings.sampling.model_copy(update={"strength": one.strength or settings.sampling.strength})
-        asked = self._prior_settings(settings, batch)
-        align = Stage(int(settings.alignment.enabled), self.call("align", pictures))
+        asked = self._prior_settings(settings, draws)
+        align = Stage(int(settings.alignment.enabled), self.call("align"))
         regional = NUM_PARTS if two.regional_prompts else 1
-        looked_for = Stage(1, self.call("regions", pictures))  # they also tell whether the colours came out
+        looked_for = Stage(1, self.call("regions"))  # they also tell whether the colours came out
         return {
-            "stage 1": Stage(one.num_steps, self.prior_step(asked)),
-            "embedding": Stage(two.embedding_steps, self.reconstruction_step(batch, "embedding", None)),
-            "fine-tune": Stage(two.model_steps, self.reconstruction_step(batch, "model", two.adapter_rank)),
-            "sampling, primary": self._sampling(primary, pictures, 1, one.adapter_rank),
-            "sampling, prompt": self._sampling(settings.sampling, pictures, regional, two.adapter_rank),
-            "encode": Stage(3, self.call("encode", pictures)),  # for stage 1, for stage 2, for the prompt
-            "decode": Stage(2, self.call("decode", pictures)),
+            "stage 1": Stage(one.num_steps, self.prior_step(asked, apart)),
+            "embedding": Stage(two.embedding_steps, self.reconstruction_step(batch, "embedding", None, two.recompute)),
+            "fine-tune": Stage(
+                two.model_steps, self.reconstruction_step(batch, "model", two.adapter_rank, two.recompute)
+            ),
+            "sampling, primary": self._sampling(primary, 1, one.adapter_rank),
+            "sampling, prompt": self._sampling(settings.sampling, regional, two.adapter_rank),
+            "encode": Stage(3, self.call("encode")),  # for stage 1, for stage 2, for the prompt
+            "decode": Stage(2, self.call("decode")),
             "align": Stage(2 * align.steps, align.cost),
             "regions": looked_for,
         }
@@ -209,45 +215,46 @@ class Counter:
         kept = {name: getattr(one, name) for name in names} | {"contrastive_weight": float(one.contrastive_weight > 0)}
         return Settings(batch_size=batch, stage1=type(one)(**kept))
 
-    def _fitted(self, rank: int | None) -> tuple[UNet2DConditionModel, list[Tensor]]:
-        unet = trainable_copy(self.checkpoint.unet, rank, [torch.Generator()])
+    def _fitted(self, rank: int | None, pictures: int = 1) -> tuple[UNet2DConditionModel, list[Tensor]]:
+        unet = trainable_copy(self.checkpoint.unet, rank, [torch.Generator() for _ in range(pictures)])
         return unet, [p for p in unet.parameters() if p.requires_grad]
 
-    def _prior_step(self, settings: Settings) -> Cost:
-        unet, trained = self._fitted(settings.stage1.adapter_rank)
+    def _prior_step(self, settings: Settings, pictures: int) -> Cost:
+        unet, trained = self._fitted(settings.stage1.adapter_rank, pictures)
         features = self.checkpoint.clip.config.projection_dim
         num_negatives = len(settings.stage1.anti_color_prompts)
-        clip = [torch.empty(count, features, device=META) for count in (1, num_negatives)]
-        texts, draws = Texts(self.embeds, *clip), [torch.Generator()]
-        loss_of = lambda: prior_loss(self.checkpoint, unet, self.z, texts, settings, draws)[0]  # noqa: E731
+        clip = [torch.empty(count, features, device=META) for count in (pictures, num_negatives)]
+        texts = Texts(self.embeds.expand(pictures, -1, -1), *clip)
+        z, draws = self.z.expand(pictures, -1, -1, -1), [torch.Generator() for _ in range(pictures)]
+        loss_of = lambda: prior_loss(self.checkpoint, unet, z, texts, settings, draws)[0].sum()  # noqa: E731
         return step_cost(loss_of, trained, *self.resident, unet)
 
-    def _reconstruction_step(self, batch: int, part: str, rank: int | None) -> Cost:
+    def _reconstruction_step(self, batch: int, part: str, rank: int | None, recompute: bool) -> Cost:
         unet, trained = self._fitted(rank) if part == "model" else (self.checkpoint.unet, [])
         embeds = self.embeds.clone()
         if part == "embedding":
             trained = [embeds.requires_grad_(True)]
-        loss_of = partial(reconstruction_loss, self.checkpoint, unet, self.z, embeds, batch, [torch.Generator()])
+        draws = [torch.Generator()]
+        loss_of = partial(reconstruction_loss, self.checkpoint, unet, self.z, embeds, batch, draws, recompute)
         return step_cost(loss_of, trained, *self.resident, unet)
 
-    def _sampling(self, settings: SamplingSettings, pictures: int, parts: int, rank: int | None) -> Stage:
+    def _sampling(self, settings: SamplingSettings, parts: int, rank: int | None) -> Stage:
         steps = len(ddim_timesteps(self.checkpoint.scheduler, settings.num_steps, settings.strength))
         guided = settings.guidance_scale > 1
-        return Stage(steps, self.sampling_step(pictures, parts, rank, guided, settings.project_luminance))
+        return Stage(steps, self.sampling_step(parts, rank, guided, settings.project_luminance))
 
-    def _sampling_step(self, pictures: int, parts: int, rank: int | None, guided: bool, projects: bool) -> Cost:
+    def _sampling_step(self, parts: int, rank: int | None, guided: bool, projects: bool) -> Cost:
         checkpoint, (unet, _) = self.checkpoint, self._fitted(rank)
         side = self.z.shape[-1]
-        masks = torch.empty(pictures * parts, side, side, device=META)
-        regional = RegionalPrompts(torch.arange(pictures).repeat_interleave(parts), masks)
+        regional = RegionalPrompts(torch.zeros(parts, dtype=torch.long), torch.empty(parts, side, side, device=META))
         return cost_of(
             lambda: ddim_sample(
                 partial(regional.predict, partial(checkpoint.predict, unet)),
                 checkpoint.scheduler,
-                self.z.expand(pictures, -1, -1, -1),
+                self.z,
                 torch.tensor([500]),
-                self.embeds.expand(pictures * parts, -1, -1),
-                self.embeds.expand(pictures, -1, -1),
+                self.embeds.expand(parts, -1, -1),
+                self.embeds,
                 guidance_scale=2.0 if guided else 1.0,
                 correct_clean=(lambda z_0: checkpoint.encode(checkpoint.decode(z_0))) if projects else None,
             ),
@@ -255,10 +262,10 @@ class Counter:
             unet,
         )
 
-    def _call(self, what: str, pictures: int) -> Cost:
+    def _call(self, what: str) -> Cost:
         """encode, decode: of the VAE. align: equation (4)'s features. regions: the attention that is recorded."""
         checkpoint = self.checkpoint
-        x = torch.empty(pictures, 3, self.size_px, self.size_px, device=META)
+        x = torch.empty(1, 3, self.size_px, self.size_px, device=META)
 
         def predict(rows: int) -> Tensor:
             z, embeds = self.z.expand(rows, -1, -1, -1), self.embeds.expand(rows, -1, -1)
@@ -266,12 +273,12 @@ class Counter:
 
         def call() -> Any:
             if what == "decode":
-                return checkpoint.decode(self.z.expand(pictures, -1, -1, -1))
+                return checkpoint.decode(self.z)
             if what == "encode":
                 return checkpoint.encode(x)
             if what == "align":
-                return checkpoint.encode(torch.cat((x, x))), predict(2 * pictures)
-            rows = pictures * len(TIMESTEPS)
+                return checkpoint.encode(torch.cat((x, x))), predict(2)
+            rows = len(TIMESTEPS)
             z, embeds = self.z.expand(rows, -1, -1, -1), self.embeds.expand(rows, -1, -1)
             return checkpoint.encode(x), checkpoint.word_maps(z, torch.zeros(rows, device=META), embeds)
 

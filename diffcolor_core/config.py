@@ -99,6 +99,8 @@ class Stage2Settings(_Record):
     """N3, steps of equation (6), with the embedding frozen [P]."""
     model_learning_rate: float = Field(1e-6, gt=0)
     """Adam's rate for all UNet weights at SD-1.5 scale [A]."""
+    recompute: bool = False
+    """Compute the UNet's blocks again in the backward pass [O], as in stage 1."""
     use_identifiers: bool = True
     """Put a rare token before each noun phrase of the context prompt [P]."""
     adapter_rank: int | None = Field(None, ge=1)
@@ -157,6 +159,7 @@ def _real(stage1_steps: int, embedding_steps: int, model_steps: int, sampling_st
             embedding_steps=embedding_steps,
             model_steps=model_steps,
             model_learning_rate=1e-4,
+            recompute=stage1_steps > 0,  # else there is time to save, and memory enough
             use_identifiers=embedding_steps > 0,
             adapter_rank=4,
             negative_context=True,

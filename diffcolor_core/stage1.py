@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from diffcolor_core.adapters import fitted_copies, trainable_copy
 from diffcolor_core.alignment import align_chroma
-from diffcolor_core.config import Settings
+from diffcolor_core.config import Settings, Stage1Settings
 from diffcolor_core.diffusion import clean_estimate, training_target
 from diffcolor_core.models import Checkpoint, recomputing
 from diffcolor_core.optimising import Photograph, mse_of_each, noised, optimise
@@ -123,10 +123,13 @@ def prior_loss(
     num_timesteps = round(len(schedule.alphas_cumprod) * stage1.max_timestep)
     draws = noised(schedule, z, settings.batch_size, num_timesteps, generators)
     context = texts.context.repeat_interleave(settings.batch_size, dim=0)
+    contrastive = torch.zeros(len(z))
     with recomputing(unet, checkpoint.vae) if stage1.recompute else nullcontext():
         output = checkpoint.predict(unet, draws.z_t, draws.t, context)
-        z_0, _ = clean_estimate(schedule, draws.z_t, draws.t, output)
-        x_0 = checkpoint.decode(z_0) if stage1.contrastive_weight > 0 else None  # x0^, [N * B, 3, h, w]
+        if stage1.contrastive_weight > 0:  # (1) L_con, on the one-step clean estimate
+            z_0, _ = clean_estimate(schedule, draws.z_t, draws.t, output)
+            each = zip(z_0.chunk(len(z)), texts.positive.split(1), generators, strict=True)
+            contrastive = torch.stack([contrastive_of(checkpoint, *one, texts.negatives, stage1) for one in each])
 
     # (2) L_diff: distance to the drawn noise [P] or to the frozen model's own prediction [O]
     if stage1.diffusion_target == "noise":
@@ -135,19 +138,31 @@ def prior_loss(
         with torch.no_grad():
             target = checkpoint.predict(checkpoint.unet, draws.z_t, draws.t, context)
     diffusion = mse_of_each(output, target, len(z))
-    if x_0 is None:
-        return stage1.diffusion_weight * diffusion, torch.zeros(len(z)), diffusion
-
-    # (1) L_con: CLIP on the one-step clean estimate, and on views of it [O]
-    pictures = zip(checkpoint.clip_image_features(x_0).chunk(len(z)), x_0.chunk(len(z)), generators, strict=True)
-    seen = [  # [B * (1 + views), d] for each photograph
-        torch.cat([features, *map(checkpoint.clip_image_features, random_views(x, stage1.num_views, generator))])
-        for features, x, generator in pictures
-    ]
-    rows = zip(seen, texts.positive.split(1), strict=True)
-    contrastive = torch.stack([contrastive_loss(f, own, texts.negatives, stage1.temperature) for f, own in rows])
-    loss = stage1.contrastive_weight * contrastive + stage1.diffusion_weight * diffusion
+    loss = stage1.contrastive_weight * contrastive.to(diffusion) + stage1.diffusion_weight * diffusion
     return loss, contrastive, diffusion
+
+
+def contrastive_of(
+    checkpoint: Checkpoint,
+    z_0: Tensor,
+    positive: Tensor,
+    generator: torch.Generator,
+    negatives: Tensor,
+    stage1: Stage1Settings,
+) -> Tensor:
+    """(1) for one photograph's clean estimates z_0 [B, C, h/f, w/f]: CLIP on D(z_0), and on views of it [O].
+
+    The gradient by z_0 is taken here and stands in for the decoder's and CLIP's graphs: of all photographs in a batch
+    only one has these in memory at a time.
+    """
+    leaf = z_0.detach().requires_grad_()
+    with torch.enable_grad():
+        x_0 = checkpoint.decode(leaf)  # x0^, [B, 3, h, w]
+        pictures = (x_0, *random_views(x_0, stage1.num_views, generator))
+        features = torch.cat([checkpoint.clip_image_features(x) for x in pictures])  # [B * (1 + views), d]
+        loss = contrastive_loss(features, positive, negatives, stage1.temperature)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach() + ((z_0 - z_0.detach()) * gradient).sum()
 
 
 def contrastive_loss(image: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:

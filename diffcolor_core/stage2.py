@@ -12,6 +12,7 @@ Symbols as in `docs/method.md`:
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from diffcolor_core.color_terms import (
 from diffcolor_core.config import Settings
 from diffcolor_core.diffusion import training_target
 from diffcolor_core.fits import Fit
-from diffcolor_core.models import Checkpoint, pad_embeds
+from diffcolor_core.models import Checkpoint, pad_embeds, recomputing
 from diffcolor_core.optimising import Photograph, mse_of_each, noised, optimise
 from diffcolor_core.progress import Progress
 from diffcolor_core.prompts import noun_phrases
@@ -87,7 +88,7 @@ def fit_in_context(
         name: str, unet: UNet2DConditionModel, trained: list[Tensor], rate: float, num_steps: int
     ) -> list[dict[str, list[float]]]:
         def losses_of() -> tuple[Tensor]:
-            return (reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generators),)
+            return (reconstruction_loss(checkpoint, unet, z, e_opt, settings.batch_size, generators, stage2.recompute),)
 
         told = partial(progress, f"stage 2, {name}")
         return optimise(trained, rate, num_steps, losses_of, (name,), generators, told)
@@ -149,6 +150,7 @@ def reconstruction_loss(
     prompt_embeds: Tensor,
     num_draws: int,
     generators: Sequence[torch.Generator],
+    recompute: bool = False,
 ) -> Tensor:
     """||eps - eps_theta(z_t, t, e)||^2, the mean over `num_draws` of t and eps for each photograph: [N].
 
@@ -156,7 +158,8 @@ def reconstruction_loss(
     """
     schedule = checkpoint.scheduler
     draws = noised(schedule, z, num_draws, len(schedule.alphas_cumprod), generators)
-    output = checkpoint.predict(unet, draws.z_t, draws.t, prompt_embeds.repeat_interleave(num_draws, dim=0))
+    with recomputing(unet) if recompute else nullcontext():
+        output = checkpoint.predict(unet, draws.z_t, draws.t, prompt_embeds.repeat_interleave(num_draws, dim=0))
     return mse_of_each(output, training_target(schedule, draws.z, draws.eps, draws.t), len(z))
 
 

@@ -85,6 +85,35 @@ def test_the_loss_is_equation_3(tiny_folder, tiny_v_folder, trained, kind, targe
     assert [float(x) for x in found] == pytest.approx([0.7 * l_con + 1.3 * l_diff, l_con, l_diff], rel=1e-3)
 
 
+def test_the_gradient_is_that_of_the_whole_loss(checkpoint, trained):
+    """The decoder's part of it is taken for one photograph after the other."""
+    unet = copy.deepcopy(trained).requires_grad_(True)
+    z = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(5))
+    f_t = checkpoint.clip_text_features([CONTEXT, "a cat", *ANTI_COLOR])
+    texts = Texts(checkpoint.encode_prompts([CONTEXT, "a cat"]), f_t[:2], f_t[2:])
+    stage1 = Stage1Settings(diffusion_weight=0, temperature=0.05)
+    seeds = (8, 9)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    loss, *_ = prior_loss(checkpoint, unet, z, texts, Settings(stage1=stage1), generators)
+    found = torch.autograd.grad(loss.sum(), list(unet.parameters()), allow_unused=True)
+
+    whole = []
+    for i, seed in enumerate(seeds):
+        draws = torch.Generator().manual_seed(seed)
+        t, eps = torch.randint(1000, (1,), generator=draws), torch.randn(1, 4, 16, 12, generator=draws)
+        abar = checkpoint.scheduler.alphas_cumprod[t]
+        z_t = abar.sqrt() * z[i] + (1 - abar).sqrt() * eps
+        output = checkpoint.predict(unet, z_t, t, texts.context[i : i + 1])
+        x_0 = checkpoint.decode((z_t - (1 - abar).sqrt() * output) / abar.sqrt())
+        whole.append(0.5 * contrastive_loss(checkpoint.clip_image_features(x_0), f_t[i : i + 1], f_t[2:], 0.05))
+    expected = torch.autograd.grad(sum(whole), list(unet.parameters()), allow_unused=True)
+    torch.testing.assert_close(loss.sum(), sum(whole))
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+    assert sum(float(b.abs().sum()) for _, b in pairs) > 0
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
 def test_views_are_seen_besides_the_picture(checkpoint, trained):
     """With views (1) is the mean over all of them, the whole picture included."""
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
