@@ -1,41 +1,16 @@
-"""Colours in prompts: the hue that they mean, the noun that they belong to, and whether a picture obeys them.
-
-A colour is a basic term ("red"), a name of CSS ("crimson") or a hex code ("#8b0000"). The last two are exact.
-"""
+"""Colours in prompts: the noun that they belong to, and whether a picture obeys them."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
-import torch
-from PIL import ImageColor
 from torch import Tensor
 
 from diffcolor_core.prompts import HEX, NounPhrase, noun_phrases
-from diffcolor_scans.color import max_chroma, srgb_to_lab
+from diffcolor_scans.color import max_chroma
+from diffcolor_scans.color_names import basic_term, hue_of, is_color
 
-_BASIC_HUES = {
-    "red": 32.0,
-    "orange": 62.0,
-    "brown": 60.0,
-    "yellow": 95.0,
-    "green": 142.0,
-    "turquoise": 200.0,
-    "blue": 278.0,
-    "purple": 320.0,
-    "pink": 0.0,
-    "tan": 78.4,
-}
-"""CIELAB hue angles (degrees) at the centres of English basic colour terms, about those of Sturges and Whitfield
-(1995). CSS's "blue" and "green" lie elsewhere, as they are corners of the sRGB cube."""
-_NEUTRAL = ("black", "gray", "grey", "white", "silver")
-_THINGS = (
-    *("chocolate", "coral", "gold", "honeydew", "ivory", "lavender", "linen", "olive", "orchid", "peru", "plum"),
-    *("salmon", "seashell", "sienna", "snow", "thistle", "tomato", "wheat"),
-)
-"""Names of CSS that are things too: "a wheat field" asks for no exact colour."""
 FULL_CHROMA = 20.0
 """C*ab that is enough for a colour. Where sRGB cannot reach it, a hue cannot be shown well."""
 
@@ -74,36 +49,9 @@ class ColorReport:
         return self.achievable_chroma is None or self.achievable_chroma >= FULL_CHROMA
 
 
-@cache
-def hue_of(word: str) -> float | None:
-    """The hue angle (degrees) of a colour, None for a neutral one. Raises KeyError if it is not a colour.
-
-    The basic terms come from the table above, all others from CSS's list of names and from hex codes.
-    """
-    word = word.lower()
-    if word in _BASIC_HUES:
-        return _BASIC_HUES[word]
-    if word in _NEUTRAL:
-        return None
-    _, a, b = _lab_of(word)
-    return math.degrees(math.atan2(b, a)) % 360 if math.hypot(a, b) > 5 else None
-
-
-def _lab_of(color: str) -> tuple[float, float, float]:
-    rgb = ImageColor.getrgb(color if color.startswith("#") else ImageColor.colormap[color])[:3]
-    lightness, a, b = srgb_to_lab(torch.tensor(rgb, dtype=torch.float64).view(3, 1, 1) / 255).flatten().tolist()
-    return lightness, a, b
-
-
-def exact_chroma(color: str) -> tuple[float, float] | None:
-    """The a*b* of a hex code or a name of CSS; None for basic terms and names of things, which leave it open."""
-    color = color.lower()
-    return None if color in (*_BASIC_HUES, *_NEUTRAL, *_THINGS) else _lab_of(color)[1:]
-
-
 def spoken(prompt: str) -> str:
     """The prompt with every hex code replaced by the basic term nearest to it: no text encoder knows codes."""
-    return re.sub(HEX, lambda match: _basic_term(match.group().lower()), prompt)
+    return re.sub(HEX, lambda match: basic_term(match.group()), prompt)
 
 
 def spoken_phrase(prompt: str, phrase: NounPhrase) -> NounPhrase:
@@ -112,23 +60,10 @@ def spoken_phrase(prompt: str, phrase: NounPhrase) -> NounPhrase:
     return replace(phrase, start=start, noun_start=noun_start, end=end)
 
 
-@cache
-def _basic_term(color: str) -> str:
-    lightness, hue = _lab_of(color)[0], hue_of(color)
-    if hue is None:
-        return "black" if lightness < 25 else "gray" if lightness < 80 else "white"
-    if abs((hue - _BASIC_HUES["orange"] + 180) % 360 - 180) < 15:
-        return "brown" if lightness < 55 else "orange"  # they share their hue
-    terms = (term for term in _BASIC_HUES if term not in ("brown", "tan"))
-    return min(terms, key=lambda term: abs((hue - _BASIC_HUES[term] + 180) % 360 - 180))
-
-
 def color_words(description: str) -> list[str]:
     """The colours of a description, such as what stands before a noun, in lower case."""
     words = re.findall(rf"{HEX}|[a-z]+", description.lower())
-    return [
-        word for word in words if word[0] == "#" or word in (*_BASIC_HUES, *_NEUTRAL) or word in ImageColor.colormap
-    ]
+    return list(filter(is_color, words))
 
 
 def _color_of(prompt: str, phrase: NounPhrase) -> str | None:

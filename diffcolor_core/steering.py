@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from diffcolor_core.color_terms import ColoredPhrase, exact_chroma, hue_of, median_inside
+from diffcolor_core.color_terms import ColoredPhrase, median_inside
+from diffcolor_scans.color_names import exact_chroma, hue_of
 
 WORD_CHROMA = 16.0
 """C*ab of a word's colour: the mean of what the captions of 1,000 glass plates call red, green, blue and so on."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from diffcolor_core.color_terms import FULL_CHROMA, colored_phrases, hue_of
+from diffcolor_core.color_terms import FULL_CHROMA, colored_phrases
 from diffcolor_core.colorizer import DiffColor
 from diffcolor_core.config import Settings
 from diffcolor_core.models import Checkpoint
 from diffcolor_core.prompts import GENERIC_PROMPT
 from diffcolor_scans.color import lightness_of, lock_luminance, max_chroma
+from diffcolor_scans.color_names import hue_of
 from diffcolor_scans.formats import encode
 from diffcolor_scans.images import Picture, gray_input, read_picture, read_scan, resize
 from diffcolor_scans.metrics import colorfulness

@@ -6,8 +6,8 @@ import re
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.color_terms import exact_chroma
 from diffcolor_core.prompts import HEX
+from diffcolor_scans.color_names import exact_chroma
 from diffcolor_scans.images import Picture
 from diffcolor_study.cases import Case
 from diffcolor_study.pictures import lab_of

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcolor_core.color_terms import hue_of
 from diffcolor_core.prompts import GENERIC_PROMPT
 from diffcolor_scans.color import lab_to_srgb, lightness_of, srgb_to_lab
+from diffcolor_scans.color_names import hue_of
 
 SHORT_SIDE_PX = 160  # of the pictures in memory
 SIDE_PX = 96  # of the squares that the model is trained on

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from diffcolor_core.color_prior import FACTOR, ColorPrior, NounRegions
-from diffcolor_core.color_terms import ColoredPhrase, colored_phrases, hue_of
+from diffcolor_core.color_terms import ColoredPhrase, colored_phrases
 from diffcolor_core.regions import noun_text, word_ids
+from diffcolor_scans.color_names import hue_of
 from diffcolor_training.loop import fit_part, recalibrate, step_rng
 from diffcolor_training.photos import SIDE_PX, Photo, random_crop, random_lightness
 from diffcolor_training.prior import WIDTHS

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffcolor_core.color_terms import colored_phrases, exact_chroma
+from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.config import AlignmentSettings, SamplingSettings, Settings, Stage2Settings
 from diffcolor_core.fits import Fit
 from diffcolor_core.models import load_checkpoint
@@ -21,6 +21,7 @@ from diffcolor_core.stage2 import (
     reconstruction_loss,
     with_changes,
 )
+from diffcolor_scans.color_names import exact_chroma
 
 MARK = ["[*]"] * 30
 CONTEXT = "a ball on a table"

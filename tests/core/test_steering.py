@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from diffcolor_core.color_terms import colored_phrases, exact_chroma, hue_of
+from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.steering import WORD_CHROMA, steered_to
+from diffcolor_scans.color_names import exact_chroma, hue_of
 
 
 def of_hue(degrees: float, chroma: float = 20.0) -> torch.Tensor:

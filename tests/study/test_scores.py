@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffcolor_core.color_terms import exact_chroma
+from diffcolor_scans.color_names import exact_chroma
 from diffcolor_study.cases import draw_cases
 from diffcolor_study.pictures import lab_of
 from diffcolor_study.scenes import asked_colors, reference_colors
