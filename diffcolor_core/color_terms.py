@@ -36,12 +36,14 @@ class ColorReport:
     noun was not found.
     achievable_chroma: the largest C*ab of that hue that sRGB can show at the region's lightness; None for a neutral
     colour. If it is small, the colour is infeasible there: a yellow at L* 20, for instance.
+    lightness: the region's median L*; None if the noun was not found.
     """
 
     noun: str
     color: str
     agreement: float
     achievable_chroma: float | None
+    lightness: float | None
 
     @property
     def feasible(self) -> bool:
@@ -129,7 +131,7 @@ def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> li
             continue
         medians = median_inside(region, lab)
         if medians is None:
-            reports.append(ColorReport(item.phrase.noun, item.color, 0.0, None))
+            reports.append(ColorReport(item.phrase.noun, item.color, 0.0, None, None))
             continue
         lightness, a, b = medians
         hue, chroma, reachable = hue_of(item.color), math.hypot(a, b), None
@@ -139,5 +141,5 @@ def report(phrases: Sequence[ColoredPhrase], regions: Tensor, lab: Tensor) -> li
             reachable = max_chroma(lightness, hue)
             turn = math.cos(math.atan2(b, a) - math.radians(hue))
             agreement = turn * min(1.0, chroma / max(1.0, min(FULL_CHROMA, reachable)))
-        reports.append(ColorReport(item.phrase.noun, item.color, agreement, reachable))
+        reports.append(ColorReport(item.phrase.noun, item.color, agreement, reachable, lightness))
     return reports

@@ -87,6 +87,7 @@ def ok_row(key: str, number: int, target: str, **more: Any) -> Mapping[str, Any]
             }
             for noun, color in words
         ],
+        "noun_lightness": [50.0, 10.0],
         "bit_depth": 8,
         "input_mode": "L",
         "colorfulness": 40.0 + number % 30,

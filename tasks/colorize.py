@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from diffcolor_core import DiffColor, DivergedError, Fit, FitError, Picture, Result, Scan, ToFit, read_scan
+from diffcolor_core import ColorReport, DiffColor, DivergedError, Fit, FitError, Picture, Result, Scan, ToFit, read_scan
 from diffcolor_scans.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
@@ -369,7 +369,8 @@ class ImageWorker:
             | {
                 "status": "ok",
                 "alpha": result.alpha,
-                "nouns": [vars(noun) | {"feasible": noun.feasible} for noun in result.nouns],
+                "nouns": [_noun(noun) for noun in result.nouns],
+                "noun_lightness": [noun.lightness for noun in result.nouns],
                 "sampling_seconds": result.sampling_seconds,
                 "device_name": device_name(self.pipe.checkpoint.device),
                 "dtype": str(self.pipe.checkpoint.dtype).removeprefix("torch."),
@@ -385,6 +386,10 @@ def smaller_pipe(pipe: DiffColor) -> DiffColor:
     side = pipe.settings.working_size_px or pipe.checkpoint.native_size_px
     changes = {"working_size_px": max(1, side * 3 // 4), "batch_size": 1}
     return DiffColor(pipe.checkpoint, pipe.settings.model_copy(update=changes))
+
+
+def _noun(told: ColorReport) -> Row:
+    return {name: getattr(told, name) for name in ("noun", "color", "agreement", "achievable_chroma", "feasible")}
 
 
 def _first_line(error: BaseException) -> str:

@@ -107,6 +107,13 @@ _COLUMNS = (
         ),
         "Each noun's colour word: agreement of hue (-1 to 1), and whether sRGB has the colour at the scan's L*.",
     ),
+    _Column(
+        "noun_lightness",
+        pa.list_(pa.float64()),
+        "Median L* of each noun of `nouns`, in their order; null for a noun that was not found.",
+        "L*",
+        since=5,
+    ),
     _Column("colorfulness", pa.float64(), "Hasler and Suesstrunk 2003, 0..255 scale."),
     _Column("clip_similarity", pa.float64(), "Cosine of the guidance CLIP between the image and the prompt asked for."),
     _Column("mean_abs_delta_l", pa.float64(), "Mean |L* output - L* input| of the saved pixels.", "L*"),

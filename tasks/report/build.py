@@ -40,6 +40,7 @@ from diffcolor_core.progress import Progress, silent
 from tasks.archive import as_text
 from tasks.layout import REPORT, key_of, report_data, report_thumbnail, report_view
 from tasks.manifest import connect
+from tasks.report.colors import showable_colors
 from tasks.report.overview import is_obeyed, overview
 from tasks.report.pictures import Made, Source, make_pictures, shown_key, sources_of
 from tasks.storage import Store
@@ -235,7 +236,7 @@ def _details(folder: _Folder, key: str, results: list[Row], lacking: set[str]) -
     """An image for its page: a record for each result, with the names of the files that show it."""
     records = []
     for row in results:
-        record = {name: row.get(name) for name in (*DETAIL_COLUMNS, "nouns")}
+        record = {name: row.get(name) for name in (*DETAIL_COLUMNS, "nouns", "noun_lightness")}
         record["pictures"] = {
             source.kind: {"thumb": report_thumbnail(source.sha256), "view": _view(folder, row, source)}
             for source in _shown(folder, row, lacking)
@@ -296,6 +297,7 @@ def _publish(
         "output": hashlib.sha256(output.address.encode()).hexdigest()[:16],
         "images": facts["num_images"],
         "results": facts["num_results"],
+        "colors": showable_colors(),
     }
     facts["examples"] = [example for example in facts["examples"] if _has_thumbnails(folder, example)]
     page = environment.get_template(PAGE).render(

@@ -346,14 +346,19 @@ def test_the_bytes_do_not_depend_on_how_the_run_was_cut(small_archive, tiny_fold
 def test_tiffs_with_access_copies_and_what_became_of_each_noun(small_archive, tiny_folder, tmp_path):
     arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
     colorize_archive(**arguments, options={"image_format": "tiff", "access_copy": "jpeg"}, limit=2)
-    rows = ask(tmp_path / "out", "select output_uri, access_uri, nouns, pages_left_out from results where status='ok'")
+    rows = ask(
+        tmp_path / "out",
+        "select output_uri, access_uri, nouns, pages_left_out, noun_lightness from results where status='ok'",
+    )
     assert rows
-    for output_uri, access_uri, nouns, pages_left_out in rows:
+    for output_uri, access_uri, nouns, pages_left_out, lightness in rows:
         assert output_uri.endswith(".tif")
         with Image.open(access_uri) as image:
             assert image.format == "JPEG"
         assert [noun["noun"] for noun in nouns] == ["ball", "table"]
         assert all(-1 <= noun["agreement"] <= 1 for noun in nouns)
+        assert len(lightness) == 2
+        assert all(light is None or 0 <= light <= 100 for light in lightness)
         assert pages_left_out == 0
 
 

@@ -161,6 +161,15 @@ def test_other_colours_are_asked_for_one_and_for_many(open_page, tmp_path):
     hints = page.locator("#hints li").all_text_contents()
     assert any("blue ball" in hint and "not obeyed" in hint for hint in hints)
     assert any("yellow table" in hint and "cannot be shown" in hint for hint in hints)
+    for typed, told in (  # the table is dark, the ball is not
+        ("a turquoise ball on a gold table", ["gold table"]),
+        ("a #8b0000 ball on a #ffd700 wooden table", ["#ffd700 table"]),
+        ("a goldenrod ball on a goldenrod table", ["goldenrod table"]),
+        ("a #ffd700 ball on a gray table", []),
+        ("a ball on a yellow bench and a table", []),
+    ):
+        prompt.fill(typed)
+        assert page.locator("#hints li mark").all_text_contents() == told
     prompt.fill('a "pink" ball, on a white table')
     page.get_by_role("button", name="Ask for these colours").click()
     page.get_by_role("button", name="Ask for these colours").click()

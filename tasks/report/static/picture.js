@@ -2,7 +2,7 @@
 // The page of one image: its pictures compared, its words, choices and all that the manifest knows.
 
 diffcolor.picture = (() => {
-  const { el, images, address, choices } = diffcolor;
+  const { el, images, address, choices, setting } = diffcolor;
   const by = (id) => document.getElementById(id);
   const stage = by("stage");
   let image = null;
@@ -202,14 +202,42 @@ diffcolor.picture = (() => {
     drawHints();
   }
 
-  // What is known of the words typed: from every result of this image.
+  const colors = setting.colors;
+  const COLOR = `#[0-9a-f]{6}|(?:${Object.keys(colors.hues).join("|")})\\b`;
+  const BETWEEN = "(?:\\s+(?!(?:an?|the|and|or|with|on|in|under|over|of|by|at)\\b)[\\w-]+){0,2}"; // "red brick house"
+
+  // The hue of a colour in degrees; null for a neutral one. A code's is the browser's own L*a*b*.
+  function hueOf(color) {
+    if (color in colors.hues) return colors.hues[color];
+    const probe = el("span", {});
+    probe.style.color = `lab(from ${color} l a b)`;
+    document.body.append(probe);
+    const [, a, b] = (getComputedStyle(probe).color.match(/-?[\d.]+(?:e-?\d+)?/g) ?? []).map(Number);
+    probe.remove();
+    return Math.hypot(a, b) > 5 ? ((Math.atan2(b, a) * 180) / Math.PI + 360) % 360 : null;
+  }
+
+  function showable(color, lightness) {
+    const hue = hueOf(color);
+    if (hue === null) return true;
+    const row = colors.chroma[Math.round(lightness / colors.lightness_step)];
+    return row[Math.round(hue / colors.hue_step) % row.length] >= colors.full_chroma;
+  }
+
+  // What is known of the words typed: from every result of this image, and from what its nouns' brightness can show.
   function drawHints() {
     const typed = ask.elements.prompt.value.toLowerCase();
     const hints = new Map();
     for (const record of records) {
-      for (const noun of record.nouns ?? []) {
+      for (const [i, noun] of (record.nouns ?? []).entries()) {
+        const lightness = record.noun_lightness?.[i] ?? null;
+        if (lightness !== null && /^[\w-]+$/.test(noun.noun)) {
+          for (const [, color] of typed.matchAll(new RegExp(`(?<![\\w#])(${COLOR})${BETWEEN}\\s+${noun.noun}\\b`, "g"))) {
+            if (!showable(color, lightness)) hints.set(`${color} ${noun.noun}`, "infeasible");
+          }
+        }
         const kind = verdict(noun);
-        const words = new RegExp(`\\b${noun.color}\\b[^,.;]*\\b${noun.noun}\\b`, "i");
+        const words = new RegExp(`\\b${noun.color}${BETWEEN}\\s+${noun.noun}\\b`);
         if (kind !== "obeyed" && /^[\w-]+$/.test(noun.color + noun.noun) && words.test(typed)) {
           hints.set(`${noun.color} ${noun.noun}`, kind);
         }
