@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from tasks.columns import APPROVALS_SCHEMA
 from tasks.errors import ChoicesError
 from tasks.layout import APPROVAL, approval
-from tasks.manifest import APPROVALS_SCHEMA, connect, encode_rows, list_parts, publish_results
+from tasks.manifest import connect, encode_rows, list_parts, publish_results
 from tasks.storage import Store, locate
 
 MAX_BYTES = 256 * 2**20

@@ -15,9 +15,10 @@ from diffcolor_core.errors import ModelError
 from support.pictures import gray_picture
 from tasks.archive import CatalogRow
 from tasks.colorize import ImageWorker
+from tasks.columns import SCHEMA
 from tasks.errors import AcceleratorFaultError
 from tasks.layout import key_of
-from tasks.manifest import SCHEMA, commit_part, query
+from tasks.manifest import commit_part, query
 from tasks.options import RunOptions
 from tasks.planning import open_plan
 from tasks.records import ImageWork, PlannedImage, RunConfig, Variant

@@ -10,11 +10,12 @@ import pytest
 from diffcolor_core import Picture
 from diffcolor_scans.decoding import decode
 from diffcolor_scans.formats import Provenance, encode
+from tasks.columns import APPROVALS_SCHEMA
 from tasks.errors import ExportError, InvalidKeyError, UnsafeFileError
 from tasks.export import export
 from tasks.layout import EXPORT_TABLE, approval
 from tasks.lease import hold_output
-from tasks.manifest import APPROVALS_SCHEMA, commit_part, encode_rows
+from tasks.manifest import commit_part, encode_rows
 from tasks.storage import Store
 from tests.tasks.test_manifest import START, row
 

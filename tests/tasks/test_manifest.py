@@ -7,21 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks import manifest
+from tasks.columns import RESULTS_SCHEMA, SCHEMA
 from tasks.errors import ManifestError
 from tasks.layout import POINTER, compaction, part, pointer
 from tasks.lease import hold_output
-from tasks.manifest import (
-    RESULTS_SCHEMA,
-    SCHEMA,
-    Compaction,
-    commit_part,
-    compact,
-    connect,
-    encode_part,
-    list_parts,
-    publish_results,
-    query,
-)
+from tasks.manifest import Compaction, commit_part, compact, connect, encode_part, list_parts, publish_results, query
 from tasks.storage import Store
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)

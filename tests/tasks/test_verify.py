@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.columns import SCHEMA
 from tasks.errors import ManifestError, OutputBusyError
 from tasks.lease import hold_output
-from tasks.manifest import SCHEMA, commit_part, compact, list_parts, publish_results, query
+from tasks.manifest import commit_part, compact, list_parts, publish_results, query
 from tasks.storage import Store
 from tasks.verify import expire_fits, repair, verify
 from tests.tasks.test_manifest import row
