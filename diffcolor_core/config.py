@@ -159,7 +159,7 @@ def _real(stage1_steps: int, embedding_steps: int, model_steps: int, sampling_st
             embedding_steps=embedding_steps,
             model_steps=model_steps,
             model_learning_rate=1e-4,
-            recompute=stage1_steps > 0,  # else there is time to save, and memory enough
+            recompute=stage1_steps > 0,  # the quicker presets would rather have the time than the memory
             use_identifiers=embedding_steps > 0,
             adapter_rank=4,
             negative_context=True,

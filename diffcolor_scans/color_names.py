@@ -58,7 +58,7 @@ def exact_chroma(color: str) -> tuple[float, float] | None:
 
 @cache
 def basic_term(color: str) -> str:
-    """The basic colour term that is nearest to a color by hue; its lightness tells black, gray, white and brown."""
+    """The basic colour term that is nearest to a colour by hue; its lightness tells black, gray, white and brown."""
     color = color.lower()
     lightness, hue = _lab_of(color)[0], hue_of(color)
     if hue is None:

@@ -108,4 +108,5 @@ def test_a_noun_that_was_not_found_is_not_obeyed():
     (seen,) = report(colored_phrases("a red boat", ""), torch.full((1, 4, 4), 0.9), red)
     (unseen,) = report(colored_phrases("a red boat", ""), torch.full((1, 4, 4), 0.015), red)
     assert seen.agreement > 0.9
-    assert (unseen.agreement, unseen.achievable_chroma) == (0.0, None)
+    assert seen.lightness == 50
+    assert (unseen.agreement, unseen.achievable_chroma, unseen.lightness) == (0.0, None, None)

@@ -166,6 +166,8 @@ def test_other_colours_are_asked_for_one_and_for_many(open_page, tmp_path):
         ("a #8b0000 ball on a #ffd700 wooden table", ["#ffd700 table"]),
         ("a goldenrod ball on a goldenrod table", ["goldenrod table"]),
         ("a #ffd700 ball on a gray table", []),
+        ("a ball on a #0000ff table", []),  # sRGB has dark blues, but no dark cyan
+        ("a ball on a #00ffff table", ["#00ffff table"]),
         ("a ball on a yellow bench and a table", []),
     ):
         prompt.fill(typed)

@@ -206,15 +206,16 @@ diffcolor.picture = (() => {
   const COLOR = `#[0-9a-f]{6}|(?:${Object.keys(colors.hues).join("|")})\\b`;
   const BETWEEN = "(?:\\s+(?!(?:an?|the|and|or|with|on|in|under|over|of|by|at)\\b)[\\w-]+){0,2}"; // "red brick house"
 
-  // The hue of a colour in degrees; null for a neutral one. A code's is the browser's own L*a*b*.
+  // The hue of a colour in CIELAB, in degrees; null for a neutral one.
   function hueOf(color) {
     if (color in colors.hues) return colors.hues[color];
-    const probe = el("span", {});
-    probe.style.color = `lab(from ${color} l a b)`;
-    document.body.append(probe);
-    const [, a, b] = (getComputedStyle(probe).color.match(/-?[\d.]+(?:e-?\d+)?/g) ?? []).map(Number);
-    probe.remove();
-    return Math.hypot(a, b) > 5 ? ((Math.atan2(b, a) * 180) / Math.PI + 360) % 360 : null;
+    const [r, g, b] = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16) / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    const [fx, fy, fz] = [ // XYZ by D65's white
+      0.433953 * r + 0.376219 * g + 0.189828 * b, 0.212671 * r + 0.71516 * g + 0.072169 * b, 0.017758 * r + 0.109477 * g + 0.872765 * b,
+    ].map((t) => (t > 216 / 24389 ? Math.cbrt(t) : ((24389 / 27) * t + 16) / 116));
+    const [aStar, bStar] = [500 * (fx - fy), 200 * (fy - fz)];
+    return Math.hypot(aStar, bStar) > 5 ? ((Math.atan2(bStar, aStar) * 180) / Math.PI + 360) % 360 : null;
   }
 
   function showable(color, lightness) {
