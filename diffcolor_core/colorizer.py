@@ -35,11 +35,12 @@ DIVERGED = "the optimisation has diverged to values that are not finite: lower t
 
 
 class ToFit(NamedTuple):
-    """A photograph of a batch: its file or scan, its context prompt and the seed of its draws, as `fit` takes them."""
+    """A photograph of a batch: what `fit` takes of it."""
 
     image: Scan | bytes | str | Path
     context_prompt: str
     seed: int = 0
+    primary: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class DiffColor:
         UnreadableImageError if the file is not a picture, ValueError for an empty prompt or a primary of another
         size, DivergedError if the optimisation leaves the finite numbers.
         """
-        [fit] = self._fit([ToFit(image, context_prompt, seed)], primary, primary_only, progress)
+        [fit] = self._fit([ToFit(image, context_prompt, seed, primary)], primary_only, progress)
         if isinstance(fit, DivergedError):
             raise fit
         return fit
@@ -168,9 +169,9 @@ class DiffColor:
         layers are multiples of 32, as Stable Diffusion's are. It differs in the last digits from that of
         another batch size, so fill a batch up if that matters. Raises ValueError, when the first is asked for, for
         settings without adapters, and for photographs that differ in working size, or whose prompts differ in their
-        number of chunks (77 tokens): see `batch_key`.
+        number of chunks (77 tokens): see `batch_key`. Also if some have a primary and others do not.
         """
-        return self._fit(photographs, None, primary_only, progress)
+        return self._fit(photographs, primary_only, progress)
 
     def batch_key(self, photograph: ToFit) -> tuple[int, ...]:
         """What the photographs of one batch have in common: working height and width, numbers of chunks of c and c'.
@@ -186,10 +187,13 @@ class DiffColor:
         return (*size, *map(self.checkpoint.num_chunks, prompts))
 
     def _fit(
-        self, photographs: Sequence[ToFit], primary: Picture | None, primary_only: bool, progress: Progress
+        self, photographs: Sequence[ToFit], primary_only: bool, progress: Progress
     ) -> Iterator[Fit | DivergedError]:
         if not all(one.context_prompt.strip() for one in photographs):
             raise ValueError("the context prompt is empty: say what is in the picture")
+        primaries = [one.primary for one in photographs if one.primary is not None]
+        if primaries and len(primaries) < len(photographs):
+            raise ValueError("some photographs of the batch have a primary and others do not: fit them apart")
         settings, checkpoint, num = self.settings, self.checkpoint, len(photographs)
         self._last_fitted = None  # frees its memory before this fit takes as much
         scans = [one.image if isinstance(one.image, Scan) else read_scan(one.image) for one in photographs]
@@ -206,8 +210,9 @@ class DiffColor:
         ]
         losses: list[dict[str, list[float]]] = [{} for _ in told]
         generated: list[Tensor | None] = [None] * num
-        if primary is not None:
-            chromas = [_chroma_at_working_size(primary, scans[0], told[0].lightness.shape[-2:], sizes[0][1])]
+        if primaries:
+            each = zip(primaries, scans, sizes, strict=True)
+            chromas = [_chroma_at_working_size(p, scan, x.shape[-2:], content) for p, scan, (x, content) in each]
         elif not settings.stage1.enabled:
             chromas = [torch.zeros(2, *one.lightness.shape[-2:]) for one in told]
         else:

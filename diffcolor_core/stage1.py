@@ -138,7 +138,8 @@ def prior_loss(
         with torch.no_grad():
             target = checkpoint.predict(checkpoint.unet, draws.z_t, draws.t, context)
     diffusion = mse_of_each(output, target, len(z))
-    loss = stage1.contrastive_weight * contrastive.to(diffusion) + stage1.diffusion_weight * diffusion
+    contrastive = contrastive.to(diffusion)
+    loss = stage1.contrastive_weight * contrastive + stage1.diffusion_weight * diffusion
     return loss, contrastive, diffusion
 
 

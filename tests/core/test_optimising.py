@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from diffcolor_core import DiffColor, DivergedError, Settings, ToFit
+from diffcolor_core import DiffColor, DivergedError, Picture, Settings, ToFit
 from diffcolor_core.adapters import fitted_copies, fitted_state, trainable_copy
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
 from diffcolor_core.optimising import mse_of_each, noised, optimise
@@ -37,6 +38,10 @@ def pipe(tiny_folder):
 def photograph(number: int) -> ToFit:
     lightness = 100 * torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(number))
     return ToFit(Scan(lightness, None, 8, "L"), PROMPTS[number], seed=number)
+
+
+def red(side: int) -> Picture:
+    return Picture(np.full((side, side, 3), (200, 40, 40), np.uint8))
 
 
 def bits(fit) -> dict[str, torch.Tensor]:
@@ -82,6 +87,15 @@ def test_a_batch_gives_what_each_photograph_gives_alone(pipe, fits):
     assert not torch.equal(fits[0].primary, fits[1].primary)
 
 
+def test_each_photograph_of_a_batch_may_have_a_primary_of_its_own(pipe):
+    gray = Picture(np.full((32, 32, 3), 90, np.uint8))
+    first, second = pipe.fit_batch([photograph(0)._replace(primary=red(32)), photograph(1)._replace(primary=gray)])
+    alone = pipe.fit(photograph(0).image, PROMPTS[0], seed=0, primary=red(32))
+    assert torch.equal(first.primary, alone.primary)
+    assert first.primary[0].mean() > 40
+    assert second.primary.abs().max() < 1
+
+
 def test_a_fit_of_a_batch_is_kept_and_recoloured_like_any_other(pipe, fits, tmp_path):
     fits[1].save(str(tmp_path / "fit"))
     loaded = pipe.load_fit(str(tmp_path / "fit"))
@@ -96,6 +110,7 @@ def test_a_fit_of_a_batch_is_kept_and_recoloured_like_any_other(pipe, fits, tmp_
         ([ToFit(Scan(torch.rand(1, 32, 64), None, 8, "L"), "a ball")], SETTINGS, "one working size"),
         ([ToFit(photograph(1).image, "a ball " * 90)], SETTINGS, "equally many chunks"),
         ([photograph(1)._replace(context_prompt=" ")], SETTINGS, "prompt is empty"),
+        ([photograph(1)._replace(primary=red(32))], SETTINGS, "fit them apart"),
         (
             [photograph(1)],
             SETTINGS.model_copy(update={"stage1": Stage1Settings(num_steps=1)}),
@@ -118,7 +133,8 @@ def test_photographs_with_one_key_can_be_a_batch(pipe):
     assert pipe.batch_key(full)[2:] == (1, 2), "its identifier is one token too many"
 
 
-def test_an_early_stop_ends_the_training_of_one_photograph_and_its_draws():
+@pytest.mark.parametrize("read_every", [1, 2])
+def test_an_early_stop_ends_the_training_of_one_photograph_and_its_draws(read_every):
     """Three photographs of one number each, which learn their target; the second stops after two steps."""
     x = torch.zeros(3, requires_grad=True)
     target = torch.tensor([1.0, 2.0, 3.0])
@@ -136,6 +152,7 @@ def test_an_early_stop_ends_the_training_of_one_photograph_and_its_draws():
     losses = optimise(
         *([x], 0.1, 5, losses_of, ("loss",), generators, lambda *_: None),
         lambda known: len(known["loss"]) == 2 and known["loss"][0] == pytest.approx(first),
+        read_every,
     )
     assert [len(known["loss"]) for known in losses] == [5, 2, 5]
     assert x.tolist()[1] == float(seen[2][0][1])
