@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from diffcolor_core.config import Settings
+from diffcolor_core.config import PRESETS, Settings, preset
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,20 @@ def _with(**changes: Any) -> Callable[[Settings], Settings]:
     return derive
 
 
-def _steps(factor: float) -> Callable[[Settings], Settings]:
-    """All three numbers of optimisation steps times `factor`."""
+def scaled_steps(settings: Settings, factor: float) -> Settings:
+    """The settings with all three numbers of optimisation steps times `factor`."""
+    one, two = settings.stage1, settings.stage2
+    steps = {"embedding_steps": round(two.embedding_steps * factor), "model_steps": round(two.model_steps * factor)}
+    return _with(stage1={"num_steps": round(one.num_steps * factor)}, stage2=steps)(settings)
 
-    def derive(settings: Settings) -> Settings:
-        one, two = settings.stage1, settings.stage2
-        steps = {"embedding_steps": round(two.embedding_steps * factor), "model_steps": round(two.model_steps * factor)}
-        return _with(stage1={"num_steps": round(one.num_steps * factor)}, stage2=steps)(settings)
 
-    return derive
+def _preset(name: str) -> Method:
+    """A preset instead of the given settings, with learning rates that suit the demo model. It spares no memory."""
+    rates: dict[str, Any] = {"stage1.recompute": False, "stage2.recompute": False}
+    rates |= {"stage1.learning_rate": 4e-4, "stage2.model_learning_rate": 1e-3, "stage2.embedding_learning_rate": 1e-2}
+    if PRESETS[name].stage1.adapter_rank is None:  # all weights
+        rates |= {"stage1.learning_rate": 2e-5, "stage2.model_learning_rate": 5e-5}
+    return Method(lambda _: preset(name, rates), f"preset `{name}`, at learning rates that suit the demo model")
 
 
 _PAPERS = {"keep_unchanged": False, "negative_context": False, "regional_prompts": False, "steer_words": False}
@@ -107,7 +113,8 @@ METHODS: dict[str, Method] = {
     "stage2-fitted": Method(
         _with(stage2=_FITTED, sampling={"strength": 0.3}), "`sampled`, with stage 2's fits by equations (5) and (6)"
     ),
+    **{name: _preset(name) for name in ("paper", "standard", "fast", "instant")},
     # ablations of both stages
-    "half-steps": Method(_steps(0.5), "half the optimisation steps"),
-    "double-steps": Method(_steps(2), "twice the optimisation steps"),
+    "half-steps": Method(partial(scaled_steps, factor=0.5), "half the optimisation steps"),
+    "double-steps": Method(partial(scaled_steps, factor=2), "twice the optimisation steps"),
 }

@@ -3,7 +3,8 @@
 import math
 import resource
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from diffcolor_core.colorizer import DiffColor, Result
+from diffcolor_core.colorizer import DiffColor, Result, ToFit
 from diffcolor_core.config import Settings
+from diffcolor_core.errors import DivergedError
+from diffcolor_core.fits import Fit
 from diffcolor_core.models import Checkpoint
 from diffcolor_scans.images import Picture, read_picture
 from diffcolor_scans.metrics import colorfulness
@@ -36,43 +39,66 @@ def run_study(
     seed: int,
     folder: Path,
     judge: Checkpoint | None = None,
+    batch: int = 1,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Scores]:
     """Scores per method and figure, one value per scene (NaN where a figure does not apply).
 
     Every picture is saved as PNG below `folder` and scored as read back. judge: a checkpoint whose CLIP
-    guided no method; it adds the figures of `judged`. progress: called with (method, done, total) after
-    each picture. Raises ValueError for an unknown task or method.
+    guided no method; it adds the figures of `judged`. batch: so many scenes are fitted together, which needs
+    adapters if it is more than 1. progress: called with (method, done, total) after each picture. Raises ValueError
+    for an unknown task or method, DivergedError if an optimisation leaves the finite numbers.
     """
     chosen = chosen_methods(methods)
     figures: dict[str, Scores] = {name: {} for name in chosen}
     done, total = 0, num * len(chosen)
-    for number, case in enumerate(draw_cases(task, num, seed, 2 * checkpoint.native_size_px)):
-        place = folder / task / f"{number:04d}"
-        place.mkdir(parents=True, exist_ok=True)
-        case.gray.save(place / "gray.png")
-        case.truth.save(place / "truth.png")
+    drawn = enumerate(draw_cases(task, num, seed, 2 * checkpoint.native_size_px))
+    while cases := dict(islice(drawn, batch)):
+        places = {number: folder / task / f"{number:04d}" for number in cases}
+        for number, case in cases.items():
+            places[number].mkdir(parents=True, exist_ok=True)
+            case.gray.save(places[number] / "gray.png")
+            case.truth.save(places[number] / "truth.png")
         for name, method in chosen.items():
             pipe = DiffColor(checkpoint, method.derive(settings))
-            for figure, value in _score_one(pipe, method, case, place / name, seed + number, judge).items():
-                figures[name].setdefault(figure, []).append(value)
-            done += 1
-            progress(name, done, total)
+            for number, fit in zip(cases, _fits(pipe, method, cases, seed, batch), strict=True):
+                scores = _score_one(pipe, method, cases[number], fit, places[number] / name, judge)
+                for figure, value in scores.items():
+                    figures[name].setdefault(figure, []).append(value)
+                done += 1
+                progress(name, done, total)
     return figures
 
 
-def _score_one(
-    pipe: DiffColor, method: Method, case: Case, stem: Path, seed: int, judge: Checkpoint | None
-) -> dict[str, float]:
-    gray = case.gray.encode_png()
-    # In the edit task the picture is coloured already, so stage 1 is skipped.
-    context = case.prompt if method.fit_on_target and case.prompt is not None else case.context_prompt
+def _fits(pipe: DiffColor, method: Method, cases: Mapping[int, Case], seed: int, batch: int) -> Iterator[Fit]:
+    """Of each case, seeded by its number."""
+    asked = []
+    for number, case in cases.items():
+        context = case.prompt if method.fit_on_target and case.prompt is not None else case.context_prompt
+        # In the edit task the picture is coloured already, so stage 1 is skipped.
+        asked.append(ToFit(case.gray.encode_png(), context, seed + number, case.start))
+    only = all(_target(pipe, method, case) is None and case.edited is None for case in cases.values())
+    if batch == 1:
+        [one] = asked
+        yield pipe.fit(one.image, one.context_prompt, seed=one.seed, primary=one.primary, primary_only=only)
+        return
+    for fit in pipe.fit_batch(asked, primary_only=only):
+        if isinstance(fit, DivergedError):
+            raise fit
+        yield fit
+
+
+def _target(pipe: DiffColor, method: Method, case: Case) -> str | None:
     target = None if method.fit_on_target and case.start is None else case.prompt
     if target is None and not pipe.settings.stage1.enabled:
-        target = case.context_prompt  # without stage 1 the fit is gray: its own caption colours it
-    only = target is None and case.edited is None
-    fit = pipe.fit(gray, context, seed=seed, primary=case.start, primary_only=only)
-    result = pipe.recolor(fit, target)
+        return case.context_prompt  # without stage 1 the fit is gray: its own caption colours it
+    return target
+
+
+def _score_one(
+    pipe: DiffColor, method: Method, case: Case, fit: Fit, stem: Path, judge: Checkpoint | None
+) -> dict[str, float]:
+    result = pipe.recolor(fit, _target(pipe, method, case))
     lab = lab_of(_saved(result.image, stem))
     own = lab_of(case.gray)
     delta = (lab[0] - own[0]).abs()
@@ -101,7 +127,8 @@ def _score_one(
         assert case.edited_prompt is not None
         edited = stem.with_name(stem.name + "-edited")
         if method.fit_on_target:  # the fit fixes its colours, so another prompt needs another fit
-            changed = anew = pipe.recolor(pipe.fit(gray, case.edited_prompt, seed=seed))
+            again = pipe.fit(case.gray.encode_png(), case.edited_prompt, seed=fit.seed)
+            changed = anew = pipe.recolor(again)
         else:
             changed, anew = (pipe.recolor(fit, case.edited_prompt, base=base) for base in (result, None))
         outside, band = leakage(lab, lab_of(_saved(changed.image, edited)), mask)
