@@ -6,14 +6,11 @@ python -m benchmarks.s3 remeasure OUTPUT [--index index.csv]               (any 
 """
 
 import csv
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +26,7 @@ from support.pictures import make_archive
 from support.proxy import faulty_proxy
 from support.record import record
 from support.runs import Bench
-from support.s3_server import free_port, start, stop
+from support.s3_server import serving
 from tasks.manifest import query
 from tasks.storage import Store
 
@@ -38,18 +35,6 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Store the figur
 
 ARCHIVE, OUTPUT = "s3://mixed/archive", "s3://mixed/out"
 SQL = "select image_key, status, input_uri, output_uri, peak_memory_bytes from results order by image_key"
-
-
-@contextmanager
-def s3_server(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
-    """A server with one empty bucket; its variables are also set in this process."""
-    variables = start(folder, free_port())
-    os.environ.update(variables)
-    try:
-        fsspec.filesystem("s3").mkdir(bucket)
-        yield variables
-    finally:
-        stop(folder)
 
 
 @app.command()
@@ -65,7 +50,7 @@ def archive(
     index = data / "hostile/index.csv"
     diffcolor = str(Path(sys.executable).with_name("diffcolor"))
     run = [sys.executable, "-m", "support.driver"] if quick else [diffcolor]
-    with tempfile.TemporaryDirectory() as temporary, s3_server(Path(temporary, "server"), "mixed"):
+    with tempfile.TemporaryDirectory() as temporary, serving(Path(temporary, "server"), "mixed"):
         s3 = fsspec.filesystem("s3")
         with index.open(newline="") as file:
             hostile = [row["file"] for row in csv.DictReader(file)]
@@ -147,7 +132,7 @@ def requests(
 ) -> None:
     """Count the requests of a run through a proxy; two sizes tell what each further image costs."""
     figures, sizes = [], images or [8, 40]
-    with tempfile.TemporaryDirectory() as temporary, s3_server(Path(temporary, "server"), "requests") as variables:
+    with tempfile.TemporaryDirectory() as temporary, serving(Path(temporary, "server"), "requests") as variables:
         folder = Path(temporary)
         scans = make_archive(folder / "archive", max(sizes))
         bench = Bench(scans, save_tiny_checkpoint(folder / "model"), folder, "s3://requests", variables)

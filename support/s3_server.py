@@ -14,9 +14,12 @@ import socket
 import subprocess
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import fsspec
 import psutil
 import typer
 
@@ -122,6 +125,17 @@ def stop(folder: Path) -> None:
         number = int(file.read_text().strip() or 0)
         if number and psutil.pid_exists(number):
             os.kill(number, signal.SIGKILL)  # its data is in memory only, so there is nothing to flush
+
+
+@contextmanager
+def serving(folder: Path, bucket: str) -> Iterator[None]:
+    """A server with one empty bucket. Its variables are set in this process."""
+    os.environ.update(start(folder, free_port()))
+    try:
+        fsspec.filesystem("s3").mkdir(bucket)
+        yield
+    finally:
+        stop(folder)
 
 
 def _monitor(config: Path) -> str:

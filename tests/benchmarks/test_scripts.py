@@ -1,6 +1,7 @@
 """The benchmarks follow the code that they measure: the quickest one is run, the others are at least imported."""
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def test_a_plan_is_measured(tmp_path):
         "dry_run",
         "fleet",
         "flops",
+        "gpu",
         "pipeline",
+        "presets",
         "quality",
         "report_scale",
         "s3",
@@ -44,6 +47,19 @@ def test_the_others_explain_themselves(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
     assert "Usage" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_gpus_runs_on_a_cpu(tiny_folder, tmp_path):
+    from benchmarks import gpu
+
+    gpu.correct(str(tiny_folder), 0.02, "cpu", tmp_path / "gpu.json")
+    figures = json.loads((tmp_path / "gpu.json").read_text())["correct"]["figures"]
+    assert figures["same_bits_with_other_neighbours"]
+    assert figures["delta_e_alone"] < 0.01 * figures["delta_e_other_photograph"]
+    assert figures["delta_e_bfloat16"] > 0
+    row = gpu.measured(tiny_folder, gpu.CONTENDERS["fast"], 2, 32, "cpu")
+    assert row["recolor_seconds"] > 0
+    assert math.isnan(row["peak_gib"])
 
 
 def test_the_workers_of_the_benchmarks_load():
