@@ -1,7 +1,8 @@
 """What a run would do, take and cost, found out without writing anything to its output.
 
 Headers tell which images can be read and how large they are. Seconds and bytes are medians of the manifest's own rows:
-for the same model and settings, and for the nearest size of picture that has been measured.
+for the same model and settings, and for the nearest size of picture that has been measured. A picture's bytes are the
+mean of those that are there, by pixel.
 """
 
 import json
@@ -160,7 +161,7 @@ def estimate(
         variants_to_do=work.variants,
         variants_done=run.plan.done_before,
         picture_bytes=round(work.picture_pixels * (rates.bytes_per_pixel or UNCOMPRESSED_BYTES_PER_PIXEL)),
-        picture_bytes_from="medians" if rates.bytes_per_pixel else "an upper bound: uncompressed, 16 bits",
+        picture_bytes_from="pictures there" if rates.bytes_per_pixel else "an upper bound: uncompressed, 16 bits",
         fit_bytes=round(work.fits.total() * (rates.fit_bytes or config.fit_bytes)) if keeps else 0,
         fit_bytes_from=("medians" if rates.fit_bytes else "the weights that are trained") if keeps else "not kept",
         seconds=seconds,
@@ -332,7 +333,7 @@ def _measured(manifest: DuckDBPyConnection | None, same: list[int], config: RunC
     )
     (per_pixel,) = _one(
         manifest,
-        """select median(output_bytes / (width_px::bigint * height_px)) from attempts
+        """select sum(output_bytes) / sum(width_px::bigint * height_px) from attempts
         where status = 'ok' and ends_with(output_uri, $suffix)""",
         suffix=SUFFIX[config.options.image_format],
     )
@@ -341,7 +342,7 @@ def _measured(manifest: DuckDBPyConnection | None, same: list[int], config: RunC
 
 def _one(manifest: DuckDBPyConnection, sql: str, **parameters: Any) -> tuple[Any, ...]:
     row = manifest.execute(sql, parameters).fetchone()
-    assert row is not None  # medians are one row
+    assert row is not None  # an aggregate is one row
     return row
 
 

@@ -136,7 +136,7 @@ def test_runs_with_another_model_or_other_settings_tell_nothing(config, output, 
     estimated = told(config)
     assert estimated.seconds is None
     assert estimated.fit_bytes == 3 * 500
-    assert estimated.picture_bytes_from == "medians"  # a picture's bytes do not depend on either
+    assert estimated.picture_bytes_from == "pictures there"  # a picture's bytes do not depend on either
 
 
 def test_what_was_adopted_was_not_measured(config, output):
