@@ -105,7 +105,7 @@ def apply_choices(output: Store, choices: Choices) -> int:
     table = pa.Table.from_pylist(rows, schema=APPROVALS_SCHEMA).append_column("number", pa.array(range(len(rows))))
     while True:
         parts = list_parts(output)
-        connection = connect(output, parts)
+        connection = connect(output, parts, views=["latest", "approvals"])
         connection.register("asked", table)
         if refusals := [Refusal(number + 1, *rest) for number, *rest in connection.execute(_REFUSED).fetchall()]:
             raise RefusedChoicesError(refusals, len(rows))

@@ -192,7 +192,7 @@ def _nearest(rates: dict[int, float], size: int) -> float:
 
 def _manifest(output: Store) -> DuckDBPyConnection | None:
     try:
-        return connect(output)
+        return connect(output, views=["attempts"])
     except NoManifestError:
         return None
 

@@ -151,11 +151,17 @@ def list_approvals(output: Store) -> tuple[str, ...]:
     return tuple(sorted(key for key, _ in output.walk(APPROVALS) if APPROVAL.fullmatch(key)))
 
 
-def connect(output: Store, parts: Parts | None = None, *, spill: str | None = None) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the views `results`, `attempts` and `approvals` over the output, as it is now.
+VIEWS = ("results", "attempts", "approvals")
+
+
+def connect(
+    output: Store, parts: Parts | None = None, *, views: Sequence[str] = VIEWS, spill: str | None = None
+) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with views over the output, as it is now.
 
     `attempts` has every row, `results` the latest of each image and variant with the last choice about its very
-    bytes, `approvals` every choice. `latest` is `results` without choices. spill: a folder for what does not
+    bytes, `approvals` every choice. `latest` is `results` without choices, `outdated` has the other rows. views:
+    those that are made, as DuckDB reads the footers of all their parts for each. spill: a folder for what does not
     fit into `MEMORY_LIMIT`; without one, memory is not limited. Raises NoManifestError if there is no part yet,
     ManifestError if one cannot be read.
     """
@@ -168,7 +174,7 @@ def connect(output: Store, parts: Parts | None = None, *, spill: str | None = No
         connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
         connection.execute("set temp_directory = ?", [spill])
     try:
-        _create_views(connection, output, parts)
+        _create_views(connection, output, parts, views)
     except duckdb.Error as error:
         raise ManifestError(
             f"the manifest of {output.url!r} cannot be read: {str(error).partition(chr(10))[0]} "
@@ -177,8 +183,8 @@ def connect(output: Store, parts: Parts | None = None, *, spill: str | None = No
     return connection
 
 
-def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: Parts) -> None:
-    """The views. Each reads all its files in one scan, because DuckDB hangs when it streams a union of joins.
+def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: Parts, views: Sequence[str]) -> None:
+    """Each view reads all its files in one scan, because DuckDB hangs when it streams a union of joins.
 
     That is duckdb/duckdb#22215: planning over a compacted manifest of a million rows stood still for ever.
     """
@@ -195,26 +201,31 @@ def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: P
         "latest": (parts.latest, num_loose),
         "earlier": (parts.earlier, num_counting),
     }
+    rows = {}
     for name, (keys, first) in scans.items():
         connection.execute(f"set variable {name} = ?", [[output.uri(key) for key in keys]])
         files = f"read_parquet(getvariable('{name}'), union_by_name = true)"
         place = f"(file_index + {first})::bigint as _file, file_row_number as _row"  # _file: number in `parts.all`
-        rows = f"union all by name select *, {place} from {files}" if keys else ""
-        connection.execute(f"create view {name}_rows as from no_rows {rows}")  # no_rows: columns that no part has
-    compared = "select _file, _row, image_key, variant, generation, finished_at, attempt, run_id from loose_rows"
+        there = f"union all by name select *, {place} from {files}" if keys else ""
+        rows[name] = f"(from no_rows {there})"  # no_rows: columns that no part has
+    compared = "select _file, _row, image_key, variant, generation, finished_at, attempt, run_id from"
+    candidates = f"{compared} {rows['loose']}"
     if parts.latest:  # after a compaction only the images that came since must be compared
-        compared += f" union all {compared.replace('loose', 'latest')} semi join loose_rows using (image_key, variant)"
-    connection.execute(f"create view newly_outdated as select _file, _row from ({compared}) {_OUTDATED}")
-    connection.execute(
-        """create view latest as select * exclude (_file, _row)
-        from counting_rows anti join newly_outdated using (_file, _row)"""
-    )
-    _create_approvals(connection, output, parts.approvals)
-    connection.execute(
-        """create view outdated as select * exclude (_file, _row) from every_rows
-        semi join (from newly_outdated union all select _file, _row from earlier_rows) using (_file, _row)"""
-    )
-    connection.execute("create view attempts as select * exclude (_file, _row) from every_rows")
+        candidates += f" union all {compared} {rows['latest']} semi join {rows['loose']} using (image_key, variant)"
+    newly_outdated = f"(select _file, _row from ({candidates}) {_OUTDATED})"
+    latest = f"""select * exclude (_file, _row)
+        from {rows["counting"]} anti join {newly_outdated} using (_file, _row)"""
+    approvals, last_choices = _choices(connection, output, parts.approvals)
+    made = {
+        "latest": latest,
+        "results": f"from ({latest}) left join ({last_choices}) using ({', '.join(CHOSEN)})",
+        "outdated": f"""select * exclude (_file, _row) from {rows["every"]} semi join
+            (from {newly_outdated} union all select _file, _row from {rows["earlier"]}) using (_file, _row)""",
+        "attempts": f"select * exclude (_file, _row) from {rows['every']}",
+        "approvals": approvals,
+    }
+    for name in views:
+        connection.execute(f"create view {name} as {made[name]}")
     connection.register("_columns", column_table())
     connection.execute("create table columns as from _columns")
     # From here on a query can read the manifest and the choices, no other file, and can change no setting.
@@ -226,23 +237,19 @@ def _create_views(connection: duckdb.DuckDBPyConnection, output: Store, parts: P
     connection.execute("set lock_configuration = true")
 
 
-def _create_approvals(connection: duckdb.DuckDBPyConnection, output: Store, keys: Sequence[str]) -> None:
-    """The views `approvals` and `results`. Of several choices about the same bytes, the one saved last counts."""
+def _choices(connection: duckdb.DuckDBPyConnection, output: Store, keys: Sequence[str]) -> tuple[str, str]:
+    """SQL of all choices, and of the last about the same bytes: of several, the one saved last counts."""
     connection.register("_approvals_schema", APPROVALS_SCHEMA.empty_table())
     connection.execute(
         "create table no_approvals as select *, 0::bigint as _file, 0::bigint as _row from _approvals_schema"
     )
     connection.execute("set variable approvals = ?", [[output.uri(key) for key in keys]])
     place = "file_index::bigint as _file, file_row_number as _row"
-    rows = f"union all by name select *, {place} from read_parquet(getvariable('approvals'))" if keys else ""
-    connection.execute(f"create view approval_rows as from no_approvals {rows}")
-    connection.execute("create view approvals as select * exclude (_file, _row) from approval_rows")
-    chosen = ", ".join(CHOSEN)
-    connection.execute(
-        f"""create view last_choices as select * exclude (_file, _row) from approval_rows
-        qualify row_number() over (partition by {chosen} order by choice_at desc, _file desc, _row desc) = 1"""
-    )
-    connection.execute(f"create view results as from latest left join last_choices using ({chosen})")
+    there = f"union all by name select *, {place} from read_parquet(getvariable('approvals'))" if keys else ""
+    every = f"select * exclude (_file, _row) from (from no_approvals {there})"
+    last = f"""{every} qualify row_number() over (
+        partition by {", ".join(CHOSEN)} order by choice_at desc, _file desc, _row desc) = 1"""
+    return every, last
 
 
 _DESCRIBE = re.compile(r"\s*(?:describe|desc|show)\s+(results|attempts|approvals)\s*;?\s*", re.IGNORECASE)
@@ -255,7 +262,7 @@ def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
     is also the table `columns`. Raises ManifestError for anything but a single query, and for one that DuckDB
     refuses.
     """
-    connection = connect(output)
+    connection = connect(output, views=[view for view in VIEWS if view in sql.lower()] or VIEWS)
     if described := _DESCRIBE.fullmatch(sql):
         sql = f"""select column_name as "column", column_type as type, unit, description, since
             from (describe {described.group(1)}) join columns using (column_name) order by position"""
@@ -301,7 +308,7 @@ def publish_results(output: Store) -> None:
 
 def _write_results(output: Store, parts: Parts, digest: str) -> None:
     with tempfile.TemporaryDirectory(prefix="diffcolor-results-") as spill, output.replacing(RESULTS) as file:
-        connection = connect(output, parts, spill=spill)
+        connection = connect(output, parts, views=["results"], spill=spill)
         batches = connection.execute("from results order by image_key, variant").to_arrow_reader(ROWS_PER_GROUP)
         num_rows = generation = 0
         with pq.ParquetWriter(file, RESULTS_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
@@ -356,7 +363,7 @@ def compact(output: Store, rows_per_part: int = 250_000) -> Compaction:
     written: dict[str, list[str]] = {"latest": [], "earlier": []}
     rows = 0
     with tempfile.TemporaryDirectory(prefix="diffcolor-compact-") as spill:
-        connection = connect(output, parts, spill=spill)
+        connection = connect(output, parts, views=["latest", "outdated"], spill=spill)
         try:
             for name, sql in (("latest", "from latest"), ("earlier", "from outdated")):
                 reader = connection.execute(f"{sql} order by image_key, variant").to_arrow_reader(rows_per_part)

@@ -219,7 +219,7 @@ def _load_known(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     )
     database.execute("create table done (image_key varchar, config_sha256 varchar, input_version varchar)")
     try:
-        manifest = connect(output)
+        manifest = connect(output, views=["latest", "attempts"])
     except NoManifestError:
         return
     columns = f"""image_key, context_prompt, target_prompt, status, attempt, config_sha256, input_version,
@@ -249,7 +249,7 @@ def _load_earlier(database: duckdb.DuckDBPyConnection, output: Store) -> None:
     wanted = database.execute("from candidates").to_arrow_table()
     if not wanted.num_rows:
         return
-    manifest = connect(output)
+    manifest = connect(output, views=["attempts"])
     manifest.register("wanted", wanted)
     rows = manifest.execute(
         """select n, attempts as row from attempts join wanted on wanted.image_key = attempts.image_key

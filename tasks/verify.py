@@ -43,7 +43,7 @@ def verify(output: Store, *, read_files: bool = True) -> Iterator[Finding]:
     for key, reason in damage.items():
         yield Finding("damaged choices" if APPROVAL.fullmatch(key) else "damaged part", key, reason)
     parts = parts.without(damage)
-    connection = None if damage and not parts.all else connect(output, parts)
+    connection = None if damage and not parts.all else connect(output, parts, views=["latest", "attempts"])
     there = {key for key, _ in output.walk()}
     if RESULTS in there and (broken := _damage(output.read(RESULTS))):
         yield Finding("damaged results", RESULTS, broken)
@@ -147,7 +147,7 @@ def _known_fit_files(connection: Any) -> set[str]:
 def _wrong_fits(output: Store, connection: Any, there: set[str], read_files: bool) -> Iterator[Finding]:
     """Kept fits that are missing or damaged, except those that were deleted on purpose."""
     cursor = connection.execute(
-        """select fit_uri, min(image_key) from results where status = 'ok' and fit_uri is not null
+        """select fit_uri, min(image_key) from latest where status = 'ok' and fit_uri is not null
         group by fit_uri order by fit_uri"""
     )
     for uri, image in iter(cursor.fetchone, None):

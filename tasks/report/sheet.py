@@ -66,7 +66,7 @@ def comparison(output: Store, image_key: str, *, picture_px: int = 512) -> Image
 
 
 def _rows(output: Store, sql: str, parameters: list[Any]) -> list[dict[str, Any]]:
-    cursor = connect(output).execute(sql, parameters)
+    cursor = connect(output, views=["results"]).execute(sql, parameters)
     return list(cursor.to_arrow_table().to_pylist())
 
 

@@ -244,7 +244,7 @@ def test_a_view_over_a_large_compacted_manifest_streams_to_its_end(tmp_path, num
     write_part(part("p2"), images[100_000 : 100_000 + num_loose], 2)
 
     counts = {"results": 500_000, "outdated": num_loose, "attempts": 500_000 + num_loose}
-    connection = connect(output)
+    connection = connect(output, views=list(counts))
     for view, expected in counts.items():
         reader = connection.execute(f"select image_key, status, generation from {view}").to_arrow_reader(10_000)
         assert sum(batch.num_rows for batch in reader) == expected
