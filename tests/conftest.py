@@ -52,10 +52,15 @@ def s3_url(s3_environment) -> str:
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path) -> Store:
-    """An empty folder on each kind of store: a disk, memory, an S3 server."""
-    if request.param == "s3":
+    """An empty folder on each kind of store."""
+    return empty_store(request.param, request, tmp_path)
+
+
+def empty_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty folder on a disk ("local"), in memory, or on an S3 server ("s3")."""
+    if kind == "s3":
         return Store(request.getfixturevalue("s3_url"))
-    return Store(str(tmp_path / "it's out") if request.param == "local" else f"memory://{tmp_path}")
+    return Store(str(tmp_path / "it's out") if kind == "local" else f"memory://{tmp_path}")
 
 
 @pytest.fixture(scope="module")

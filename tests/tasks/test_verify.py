@@ -13,12 +13,15 @@ from tasks.lease import hold_output
 from tasks.manifest import commit_part, compact, list_parts, publish_results, query
 from tasks.storage import Store
 from tasks.verify import expire_fits, repair, verify
+from tests.conftest import empty_store
 from tests.tasks.test_manifest import row
 
 
-@pytest.fixture(params=["loose", "compacted"])
-def output(request, store):
+@pytest.fixture(params=["local loose", "local compacted", "memory loose", "s3 compacted"])
+def output(request, tmp_path):
     """Four images in two parts, with primaries, one access copy and one fit, all as it must be."""
+    kind, form = request.param.split()
+    store = empty_store(kind, request, tmp_path)
     with hold_output(store, {"run_id": "r"}) as lease:
         lease.end({})
     for part in range(2):
@@ -47,7 +50,7 @@ def output(request, store):
             rows[0] |= {"access_uri": store.uri("images/0/target.jpg"), "fit_uri": store.uri("fits/ab/abc")}
             rows[0] |= {"access_sha256": hashlib.sha256(b"small").hexdigest()}
         commit_part(store, f"000001-{part}", rows)
-    if request.param == "compacted":
+    if form == "compacted":
         compact(store)
     return store
 
