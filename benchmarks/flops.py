@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import typer
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,10 +111,12 @@ class PeakBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
-def meta_checkpoint(networks: Any, *, alike: Checkpoint | None = None) -> Checkpoint:
+def meta_checkpoint(
+    networks: Any, *, alike: Checkpoint | None = None, tiny_vae: AutoencoderTiny | None = None
+) -> Checkpoint:
     """Networks on the meta device as a checkpoint. alike: whose schedule it has; by default Stable Diffusion's."""
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    for network in filter(None, networks):
+    for network in filter(None, (*networks, tiny_vae)):
         network.to(META).eval().requires_grad_(False)
     xl: dict[str, Any] = {}
     if networks.text_encoder_2 is not None:
@@ -133,6 +135,7 @@ def meta_checkpoint(networks: Any, *, alike: Checkpoint | None = None) -> Checkp
         model_revision="",
         device=META,
         dtype=torch.float32,
+        tiny_vae=tiny_vae,
         **xl,
     )
 
@@ -211,7 +214,7 @@ class Counter:
     def _prior_settings(settings: Settings, batch: int) -> Settings:
         """Only what a step of stage 1 depends on, so that equal steps are counted once."""
         one = settings.stage1
-        names = ("adapter_rank", "num_views", "diffusion_target", "anti_color_prompts", "recompute")
+        names = ("adapter_rank", "num_views", "diffusion_target", "anti_color_prompts", "recompute", "tiny_decoder")
         kept = {name: getattr(one, name) for name in names} | {"contrastive_weight": float(one.contrastive_weight > 0)}
         return Settings(batch_size=batch, stage1=type(one)(**kept))
 
@@ -241,11 +244,20 @@ class Counter:
     def _sampling(self, settings: SamplingSettings, parts: int, rank: int | None) -> Stage:
         steps = len(ddim_timesteps(self.checkpoint.scheduler, settings.num_steps, settings.strength))
         guided = settings.guidance_scale > 1
-        return Stage(steps, self.sampling_step(parts, rank, guided, settings.project_luminance))
+        projection = None if not settings.project_luminance else "tiny" if settings.tiny_projection else "whole"
+        return Stage(steps, self.sampling_step(parts, rank, guided, projection))
 
-    def _sampling_step(self, parts: int, rank: int | None, guided: bool, projects: bool) -> Cost:
+    def _sampling_step(self, parts: int, rank: int | None, guided: bool, projection: str | None) -> Cost:
         checkpoint, (unet, _) = self.checkpoint, self._fitted(rank)
         side = self.z.shape[-1]
+        tiny = projection == "tiny" and checkpoint.tiny_vae is not None
+
+        def project(z_0: Tensor) -> Tensor:  # as `luminance_projection`, without the conversion of colours
+            x_0 = checkpoint.decode(z_0, tiny)
+            if not tiny:
+                return checkpoint.encode(x_0)
+            return z_0 + checkpoint.encode(x_0, tiny) - checkpoint.encode(x_0, tiny)
+
         regional = RegionalPrompts(torch.zeros(parts, dtype=torch.long), torch.empty(parts, side, side, device=META))
         return cost_of(
             lambda: ddim_sample(
@@ -256,7 +268,7 @@ class Counter:
                 self.embeds.expand(parts, -1, -1),
                 self.embeds,
                 guidance_scale=2.0 if guided else 1.0,
-                correct_clean=(lambda z_0: checkpoint.encode(checkpoint.decode(z_0))) if projects else None,
+                correct_clean=project if projection else None,
             ),
             *self.resident,
             unet,
@@ -309,13 +321,17 @@ def main(
     figures: dict[str, Any] = {}
     for key in model or VERSIONS:
         with META:
-            networks = build_networks(VERSIONS[key])
+            networks, tiny_vae = build_networks(VERSIONS[key]), AutoencoderTiny()  # its defaults are TAESD's
         counter = Counter(meta_checkpoint(networks))
+        with_tiny = Counter(meta_checkpoint(networks, tiny_vae=tiny_vae))
         figures[key] = {}
         for one in name or [n for n, settings in PRESETS.items() if not settings.color_prior]:
             rank = {"stage1.adapter_rank": SDXL_RANK, "stage2.adapter_rank": SDXL_RANK} if key == "sdxl" else {}
-            figures[key][one] = table(counter, preset(one, rank))
-            print(key, one, json.dumps(figures[key][one]), flush=True)
+            settings = preset(one, rank)
+            figures[key][one] = table(counter, settings)
+            if settings.stage1.tiny_decoder or settings.sampling.tiny_projection:
+                figures[key][f"{one}, tiny VAE"] = table(with_tiny, settings)
+            print(key, json.dumps(figures[key], indent=1), flush=True)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -15,10 +15,9 @@ import matplotlib
 import typer
 
 from diffcolor_core import preset
-from diffcolor_core.model_files import DEMO_JUDGE
 from diffcolor_core.models import load_checkpoint
 from diffcolor_study.about import about
-from diffcolor_study.runner import run_study, summarise
+from diffcolor_study.runner import DEMO_JUDGE, run_study, summarise
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ FACTOR = 4
 """Pixels per cell of the chroma along a side."""
 CHROMA_UNIT = 20.0  # of the network's output, in a*b*
 Network = TypeVar("Network", "ColorPrior", "NounRegions")
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Residual(nn.Module):
@@ -162,19 +162,11 @@ class NounRegions(Trunk):
         return torch.cat((logits, cells[:, -1:]), dim=1).float().log_softmax(dim=1)
 
 
-def save(network: ColorPrior | NounRegions, folder: Path) -> None:
-    """Write the configuration and the weights, in fp16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(json.dumps(network.config, indent=1) + "\n")
-    halves = {name: x.half() if x.is_floating_point() else x for name, x in network.state_dict().items()}
-    save_file({name: x.contiguous() for name, x in halves.items()}, folder / _WEIGHTS)
-
-
 def load(kind: type[Network], folder: Path) -> Network:
-    """Read what `save` wrote, as float32. Raises ModelError if it is missing or damaged."""
+    """Read a configuration and weights, as float32. Raises ModelError if it is missing or damaged."""
     try:
-        network = kind(**json.loads((folder / _CONFIG).read_text()))
-        network.load_state_dict(load_file(folder / _WEIGHTS))
+        network = kind(**json.loads((folder / CONFIG).read_text()))
+        network.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {str(folder)!r}: {error}") from error
     return network

@@ -42,6 +42,8 @@ class Stage1Settings(_Record):
     recompute: bool = False
     """Compute the blocks of UNet and VAE decoder again in the backward pass [O], instead of keeping what is inside
     them: about 30% more operations, and much less memory. Results are the same."""
+    tiny_decoder: bool = False
+    """CLIP sees what the checkpoint's tiny VAE decodes, if it has one [O]: quicker, and nearly the same picture."""
     num_views: int = Field(0, ge=0)
     """Random crops, flips and noisy copies that CLIP judges too, against colours that only CLIP likes [O]; 0 is [P]."""
     stop_below: float = Field(0.0, ge=0)
@@ -67,6 +69,8 @@ class SamplingSettings(_Record):
     """Classifier-free guidance [A]. 1 means none."""
     project_luminance: bool = True
     """Give each step's clean estimate the scan's luminance [O], so that colours keep to the scan's edges."""
+    tiny_projection: bool = False
+    """Do that by the checkpoint's tiny VAE, if it has one [O]: the change that it tells is added to the estimate."""
 
 
 class AlignmentSettings(_Record):
@@ -151,6 +155,7 @@ def _real(stage1_steps: int, embedding_steps: int, model_steps: int, sampling_st
             temperature=0.05,
             max_timestep=0.6,
             recompute=True,
+            tiny_decoder=True,
             stop_below=0.1,
             strength=1.0,
         ),
@@ -166,7 +171,7 @@ def _real(stage1_steps: int, embedding_steps: int, model_steps: int, sampling_st
             regional_prompts=True,
             keep_unchanged=True,
         ),
-        sampling=SamplingSettings(num_steps=sampling_steps),
+        sampling=SamplingSettings(num_steps=sampling_steps, tiny_projection=True),
     )
 
 

@@ -12,16 +12,13 @@ from diffcolor_core.errors import ModelError
 
 BUNDLES = {name: Path(__file__).parent / name / "bundle" for name in ("photo", "demo")}
 """Models that come with the package: `photo` for photographs, `demo` for the study's rendered scenes."""
-DEMO_JUDGE = Path(__file__).parent / "demo" / "judge"
-"""A CLIP trained like the demo model's that guides nothing, so that it can judge results."""
 PINNED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",
-    # The commit that holds model.safetensors; the main branch has the pickle only.
     "openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef",
     "Salesforce/blip-image-captioning-large": "353689b859fcf0523410b1806dace5fb46ecdf41",
 }
-BESIDE = ("clip", "color_prior", "noun_regions")
+BESIDE = ("clip", "tiny_vae", "color_prior", "noun_regions")
 """Networks of a checkpoint that are in its folder even if the others are a single file."""
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 _SAMPLE_BYTES, _NUM_SAMPLES = 2**14, 1024  # 16 MiB of a file: a fine-tuned model differs in whole layers

@@ -2,7 +2,7 @@
 
 A checkpoint is a diffusers folder of Stable Diffusion or Stable Diffusion XL (`vae`, `unet`, `text_encoder`,
 `tokenizer`, `scheduler`; XL has second ones of the text) and a CLIP for guidance: the folder's own `clip` if it has
-one, else OpenAI's ViT-B/32. A local folder may have a `color_prior` and `noun_regions` too.
+one, else OpenAI's ViT-B/32. A local folder may have a `tiny_vae`, a `color_prior` and `noun_regions` too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from diffcolor_core.adapters import trainable_copy
 from diffcolor_core.attention import recorded_attention
 from diffcolor_core.color_prior import FACTOR, ColorPrior, NounRegions, load
 from diffcolor_core.color_terms import spoken
@@ -56,6 +56,7 @@ class Checkpoint:
     model_revision: str
     device: torch.device
     dtype: torch.dtype
+    tiny_vae: AutoencoderTiny | None = None
     color_prior: ColorPrior | None = None
     noun_regions: NounRegions | None = None
     coarsest_map: ClassVar[int] = 2
@@ -80,21 +81,31 @@ class Checkpoint:
         """The context in which the networks run. float32 means none."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """z = s E(x): pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H/f, W/f], the posterior's mean."""
+    def vae_or_tiny(self, tiny: bool) -> AutoencoderKL | AutoencoderTiny:
+        """The tiny VAE if it is asked for and there, else the VAE."""
+        return self.tiny_vae if tiny and self.tiny_vae is not None else self.vae
+
+    def encode(self, x: Tensor, tiny: bool = False) -> Tensor:
+        """z = s E(x): pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H/f, W/f], the posterior's mean.
+
+        tiny: by the tiny VAE, if there is one.
+        """
+        vae = self.vae_or_tiny(tiny)
         with self.autocast():
-            mean: Tensor = self.vae.encode(x).latent_dist.mean
-        return mean.float() * self.vae.config.scaling_factor
+            encoded = vae.encode(x)
+            z: Tensor = encoded.latents if vae is self.tiny_vae else encoded.latent_dist.mean
+        return z.float() * vae.config.scaling_factor
 
     def encode_colored(self, lightness: Tensor, chroma: Tensor) -> Tensor:
         """The latents [B, C, h/f, w/f] of pictures with lightness [1, h, w] and chroma [B, 2, h, w]."""
         locked = lock_luminance(chroma, lightness.expand(len(chroma), -1, -1, -1))
         return self.encode(locked.to(self.device) * 2 - 1)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """x = D(z / s): latents to pictures [B, 3, H, W], about [-1, 1] and not clipped."""
+    def decode(self, z: Tensor, tiny: bool = False) -> Tensor:
+        """x = D(z / s): latents to pictures [B, 3, H, W], about [-1, 1] and not clipped. tiny: as for `encode`."""
+        vae = self.vae_or_tiny(tiny)
         with self.autocast():
-            x: Tensor = self.vae.decode(z / self.vae.config.scaling_factor).sample
+            x: Tensor = vae.decode(z / vae.config.scaling_factor).sample
         return x.float()
 
     def predict(self, unet: Callable[..., Any], z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -252,22 +263,6 @@ class XLCheckpoint(Checkpoint):
         return super().predict(partial(unet, added_cond_kwargs=more), z_t, t, prompt_embeds[..., :width])
 
 
-def trained_bytes(model: str, adapter_rank: int | None) -> int:
-    """What the weights that stage 2 trains take in float32, which is what a kept fit takes, about.
-
-    Reads the UNet's configuration only. Raises ModelError if there is none.
-    """
-    source, commit = resolve(model)
-    try:
-        config = UNet2DConditionModel.load_config(folder_of(source), subfolder="unet", revision=commit)
-    except OSError as error:
-        raise ModelError(f"cannot load {model!r}: {error}") from error
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
-    trained = trainable_copy(unet, adapter_rank, [torch.Generator()])
-    return sum(4 * parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-
-
 @contextmanager
 def recomputing(*networks: AutoencoderKL | UNet2DConditionModel) -> Iterator[None]:
     """Graphs that are built here keep nothing inside the networks' blocks: the backward pass computes them again."""
@@ -364,6 +359,8 @@ def load_checkpoint(
             if tokenizer.get_vocab() != second.get_vocab():
                 raise ModelError(f"{model!r} has two tokenizers of different vocabularies, unlike SDXL")
 
+        tiny = Path(folder, "tiny_vae")
+        tiny_vae = AutoencoderTiny.from_pretrained(tiny, use_safetensors=True, dtype=dtype) if tiny.is_dir() else None
         inner = str(Path(folder, "clip"))
         clip_source, clip_commit = resolve(clip or (inner if Path(inner).is_dir() else DEFAULT_CLIP))
         clip_model = CLIPModel.from_pretrained(clip_source, revision=clip_commit, use_safetensors=True, dtype=dtype)
@@ -376,6 +373,8 @@ def load_checkpoint(
         raise ModelError(f"{model!r} has a UNet with {channels}: inpainting and depth checkpoints are not served")
     if vae.config.latents_mean or vae.config.shift_factor:
         raise ModelError(f"{model!r} has a VAE whose latents are shifted, which is not served: another kind of noise")
+    if len({(v.config.latent_channels, len(v.config.block_out_channels)) for v in (vae, tiny_vae or vae)}) > 1:
+        raise ModelError(f"{model!r} has a tiny VAE whose latents have another shape than the VAE's: take its own")
     model_id, model_revision = identify(model, revision)
     color_prior = load(ColorPrior, beside) if (beside := Path(folder, "color_prior")).is_dir() else None
     noun_regions = load(NounRegions, beside) if (beside := Path(folder, "noun_regions")).is_dir() else None
@@ -393,6 +392,7 @@ def load_checkpoint(
         model_revision=model_revision,
         device=device,
         dtype=dtype,
+        tiny_vae=tiny_vae,
         color_prior=color_prior,
         noun_regions=noun_regions,
         **xl,
@@ -412,7 +412,7 @@ def _from_single_file(
         raise ModelError(f"{path!r} is SDXL in a single file, which is not read: {remedy}")
     left_out = {"safety_checker": None, "feature_extractor": None, "tokenizer": None, "scheduler": None}
     try:
-        parts = StableDiffusionPipeline.from_single_file(
+        parts = diffusers.StableDiffusionPipeline.from_single_file(
             path, config=folder, local_files_only=True, dtype=dtype, **left_out
         )
     except (ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:

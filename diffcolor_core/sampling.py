@@ -44,6 +44,7 @@ def generate(
     predict = partial(checkpoint.predict, unet)
     e_empty, e_negative = checkpoint.encode_prompts([""]), checkpoint.encode_prompts([negative_prompt])
     num_tokens = max(e_negative.shape[1], prompt_embeds.shape[1])
+    projection = luminance_projection(checkpoint, lightness, settings.tiny_projection)
     z_0 = ddim_sample(
         predict if regional is None else partial(regional.predict, predict),
         checkpoint.scheduler,
@@ -52,17 +53,23 @@ def generate(
         pad_embeds(prompt_embeds, e_empty, num_tokens),
         pad_embeds(e_negative, e_empty, num_tokens).expand(num_pictures, -1, -1),
         guidance_scale=settings.guidance_scale,
-        correct_clean=luminance_projection(checkpoint, lightness) if settings.project_luminance else None,
+        correct_clean=projection if settings.project_luminance else None,
     )
     return x_to_lab(checkpoint.decode(z_0)).cpu()
 
 
-def luminance_projection(checkpoint: Checkpoint, lightness: Tensor) -> Callable[[Tensor], Tensor]:
-    """The map from a clean estimate z_0 to the one with the scan's luminance [O]: decode, replace L*, encode."""
+def luminance_projection(checkpoint: Checkpoint, lightness: Tensor, tiny: bool = False) -> Callable[[Tensor], Tensor]:
+    """The map from a clean estimate z_0 to the one with the scan's luminance [O]: decode, replace L*, encode.
+
+    tiny: with the tiny VAE, if there is one. What it loses, it loses of both pictures, so z_0 keeps that.
+    """
 
     def project(z_0: Tensor) -> Tensor:
-        chroma = x_to_lab(checkpoint.decode(z_0))[:, 1:]
-        locked = lock_luminance(chroma, lightness.to(chroma).expand(len(chroma), -1, -1, -1))
-        return checkpoint.encode(locked * 2 - 1)
+        x_0 = checkpoint.decode(z_0, tiny)
+        chroma = x_to_lab(x_0)[:, 1:]
+        locked = lock_luminance(chroma, lightness.to(chroma).expand(len(chroma), -1, -1, -1)) * 2 - 1
+        if not (tiny and checkpoint.tiny_vae):
+            return checkpoint.encode(locked)
+        return z_0 + checkpoint.encode(locked, tiny) - checkpoint.encode(x_0, tiny)
 
     return project

@@ -124,7 +124,7 @@ def prior_loss(
     draws = noised(schedule, z, settings.batch_size, num_timesteps, generators)
     context = texts.context.repeat_interleave(settings.batch_size, dim=0)
     contrastive = torch.zeros(len(z))
-    with recomputing(unet, checkpoint.vae) if stage1.recompute else nullcontext():
+    with recomputing(unet, checkpoint.vae_or_tiny(stage1.tiny_decoder)) if stage1.recompute else nullcontext():
         output = checkpoint.predict(unet, draws.z_t, draws.t, context)
         if stage1.contrastive_weight > 0:  # (1) L_con, on the one-step clean estimate
             z_0, _ = clean_estimate(schedule, draws.z_t, draws.t, output)
@@ -138,9 +138,8 @@ def prior_loss(
         with torch.no_grad():
             target = checkpoint.predict(checkpoint.unet, draws.z_t, draws.t, context)
     diffusion = mse_of_each(output, target, len(z))
-    contrastive = contrastive.to(diffusion)
-    loss = stage1.contrastive_weight * contrastive + stage1.diffusion_weight * diffusion
-    return loss, contrastive, diffusion
+    loss = stage1.contrastive_weight * contrastive.to(diffusion) + stage1.diffusion_weight * diffusion
+    return loss, contrastive.to(diffusion), diffusion
 
 
 def contrastive_of(
@@ -158,7 +157,7 @@ def contrastive_of(
     """
     leaf = z_0.detach().requires_grad_()
     with torch.enable_grad():
-        x_0 = checkpoint.decode(leaf)  # x0^, [B, 3, h, w]
+        x_0 = checkpoint.decode(leaf, stage1.tiny_decoder)  # x0^, [B, 3, h, w]
         pictures = (x_0, *random_views(x_0, stage1.num_views, generator))
         features = torch.cat([checkpoint.clip_image_features(x) for x in pictures])  # [B * (1 + views), d]
         loss = contrastive_loss(features, positive, negatives, stage1.temperature)

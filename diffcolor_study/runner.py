@@ -17,6 +17,7 @@ from diffcolor_core.colorizer import DiffColor, Result, ToFit
 from diffcolor_core.config import Settings
 from diffcolor_core.errors import DivergedError
 from diffcolor_core.fits import Fit
+from diffcolor_core.model_files import BUNDLES
 from diffcolor_core.models import Checkpoint
 from diffcolor_scans.images import Picture, read_picture
 from diffcolor_scans.metrics import colorfulness
@@ -25,6 +26,8 @@ from diffcolor_study.methods import Method, chosen_methods
 from diffcolor_study.pictures import lab_of
 from diffcolor_study.scores import exact_scores, leakage, region_right, region_scores
 
+DEMO_JUDGE = BUNDLES["demo"].parent / "judge"
+"""A CLIP trained like the demo model's that guides nothing, so that it can judge results."""
 Scores = dict[str, list[float]]
 EDIT_LEAKAGE = 3.0  # an edit succeeds only if the rest of the picture changes by at most this Delta E_ab
 

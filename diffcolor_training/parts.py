@@ -5,9 +5,11 @@ from pathlib import Path
 
 import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffcolor_core.color_prior import CONFIG, WEIGHTS, ColorPrior, NounRegions
 from diffcolor_training.dataset import SIZE_PX
 
 WIDTH = 128  # of both text towers
@@ -163,3 +165,11 @@ def save_model_index(folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_beside(network: ColorPrior | NounRegions, folder: Path) -> None:
+    """Write a network of a checkpoint's folder: its configuration and its weights, in fp16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(network.config, indent=1) + "\n")
+    halves = {name: x.half() if x.is_floating_point() else x for name, x in network.state_dict().items()}
+    save_file({name: x.contiguous() for name, x in halves.items()}, folder / WEIGHTS)

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffcolor_core.color_prior import FACTOR, save
+from diffcolor_core.color_prior import FACTOR
 from diffcolor_training.codec import CHROMA_CHANNELS, LATENT_CHANNELS, build_vae, encode, fit_codec
 from diffcolor_training.loop import fit_part, step_rng
-from diffcolor_training.parts import IMAGE_MEAN, IMAGE_STD, build_scheduler, build_tokenizer, save_bundle
+from diffcolor_training.parts import IMAGE_MEAN, IMAGE_STD, build_scheduler, build_tokenizer, save_beside, save_bundle
 from diffcolor_training.photos import (
     SIDE_PX,
     Photo,
@@ -267,8 +267,8 @@ def train(
     train_unet(unet, prompted, codec, tokenizer, build_scheduler(), photos, num_steps=unet_steps, **common)
     bundle = out / "bundle"
     save_bundle(bundle, tokenizer, build_vae(codec), clip, unet, prompted.text_encoder, build_scheduler())
-    save(prompted.prior, bundle / "color_prior")
-    save(regions, bundle / "noun_regions")
+    save_beside(prompted.prior, bundle / "color_prior")
+    save_beside(regions, bundle / "noun_regions")
     write_sources(data / "catalog.csv", out / "sources.csv")
     print(f"bundle: {bundle}")
 

@@ -63,7 +63,6 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
     required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
     with open_plan(read_catalog(source, options.catalog, required)) as plan:
         from diffcolor_core.model_files import BUNDLES, identify, resolve
-        from diffcolor_core.models import trained_bytes  # slow: torch
 
         if options.caption is not None:
             resolve(options.caption)
@@ -91,6 +90,29 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
             yield run
         finally:
             _OPEN.reset(token)
+
+
+def trained_bytes(model: str, adapter_rank: int | None) -> int:
+    """What the weights that stage 2 trains take in float32, which is what a kept fit takes, about.
+
+    Reads the UNet's configuration only. Raises ModelError if there is none.
+    """
+    import torch  # slow
+    from diffusers import UNet2DConditionModel
+
+    from diffcolor_core.adapters import trainable_copy
+    from diffcolor_core.errors import ModelError
+    from diffcolor_core.model_files import folder_of, resolve
+
+    source, commit = resolve(model)
+    try:
+        config = UNet2DConditionModel.load_config(folder_of(source), subfolder="unet", revision=commit)
+    except OSError as error:
+        raise ModelError(f"cannot load {model!r}: {error}") from error
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+    trained = trainable_copy(unet, adapter_rank, [torch.Generator()])
+    return sum(4 * parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
 
 
 def _as_in_last_run(asked: RecolorOptions) -> RunOptions:

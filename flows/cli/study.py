@@ -79,12 +79,11 @@ def study(
         from diffcolor_study.methods import METHODS
         from diffcolor_study.perceptual import Perceptual
         from diffcolor_study.photographs import FLAT, run_photographs
-        from diffcolor_study.runner import run_study, summarise
+        from diffcolor_study.runner import DEMO_JUDGE, run_study, summarise
     except ModuleNotFoundError as error:
         raise fail(f"`study` needs {error.name}: pip install 'diffcolor-archive[study]'", 2) from error
     from diffcolor_core import __version__, preset as settings_preset
     from diffcolor_core.config import preset_for
-    from diffcolor_core.model_files import DEMO_JUDGE
     from diffcolor_core.models import load_checkpoint
 
     methods = method or ["full", "img2img", "imagic", "text-to-image", "stage1"]

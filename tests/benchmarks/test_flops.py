@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from benchmarks.flops import VERSIONS, Counter, PeakBytes, count_flop, meta_checkpoint
 from diffcolor_core import DiffColor, Picture, preset
 from diffcolor_core.models import Checkpoint, load_checkpoint
+from diffcolor_training.tiny_vae import build_tiny_vae
 from support.checkpoints import Networks, build_networks
 from support.pictures import gray_picture
 
@@ -20,13 +22,15 @@ FEW = {"stage1.num_steps": 2, "stage2.embedding_steps": 2, "stage2.model_steps":
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_checkpoint("demo")
+    """The demo model, with an untrained tiny VAE."""
+    checkpoint = load_checkpoint("demo")
+    return replace(checkpoint, tiny_vae=build_tiny_vae(checkpoint).eval().requires_grad_(False))
 
 
 @pytest.fixture(scope="module")
 def counter(demo):
     networks = Networks(*(copy.deepcopy(n) for n in (demo.unet, demo.vae, demo.text_encoder, demo.clip)))
-    return Counter(meta_checkpoint(networks, alike=demo))
+    return Counter(meta_checkpoint(networks, alike=demo, tiny_vae=copy.deepcopy(demo.tiny_vae)))
 
 
 @pytest.fixture
@@ -55,6 +59,7 @@ def text_flop(monkeypatch):
         {"stage1.adapter_rank": 4, "stage2.adapter_rank": 4, "stage1.diffusion_target": "noise", "batch_size": 1},
         {"stage1.contrastive_weight": 0, "stage2.regional_prompts": False, "sampling.guidance_scale": 1},
         {"alignment.enabled": False, "sampling.project_luminance": False},
+        {"stage1.tiny_decoder": True, "sampling.tiny_projection": True},
     ],
 )
 def test_a_photograph_costs_what_the_table_says(demo, counter, overrides, text_flop):
@@ -88,7 +93,8 @@ def test_peak_bytes_are_those_that_live_at_once():
 def test_the_committed_table_is_of_this_code(size):
     with torch.device("meta"):
         counter = Counter(meta_checkpoint(build_networks(VERSIONS[size])))
-    for name, committed in json.loads(TABLE.read_text())[size].items():
+    for row, committed in json.loads(TABLE.read_text())[size].items():
+        name = row.removesuffix(", tiny VAE")
         steps = preset(name).stage2.embedding_steps
         cost = counter.reconstruction_step(1, "embedding", None, preset(name).stage2.recompute)
         assert committed["tflop_by_stage"]["embedding"] == pytest.approx(
@@ -100,5 +106,6 @@ def test_the_presets_for_real_checkpoints_cost_what_is_promised():
     sd15 = json.loads(TABLE.read_text())["sd15"]
     for name, divisor in (("standard", 5), ("fast", 25), ("instant", 100)):
         assert sd15[name]["tflop"] <= sd15["paper"]["tflop"] / divisor
+        assert sd15[f"{name}, tiny VAE"]["tflop"] < 0.75 * sd15[name]["tflop"]
     assert sd15["standard"]["peak_gib"]["1"] <= 10
     assert sd15["standard"]["peak_gib"]["8"] <= 16

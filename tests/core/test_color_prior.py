@@ -5,12 +5,13 @@ import torch
 from PIL import Image
 
 from diffcolor_core import DiffColor, ModelError
-from diffcolor_core.color_prior import CHROMA_UNIT, ColorPrior, NounRegions, load, save
+from diffcolor_core.color_prior import CHROMA_UNIT, ColorPrior, NounRegions, load
 from diffcolor_core.color_terms import colored_phrases
 from diffcolor_core.config import preset
 from diffcolor_core.models import load_checkpoint
 from diffcolor_core.regions import named_regions, noun_text, word_ids
 from diffcolor_scans.color import x_to_lab
+from diffcolor_training.parts import save_beside
 from support.pictures import gray_picture
 
 
@@ -30,14 +31,14 @@ def folder(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("with-prior") / "model"
     shutil.copytree(tiny_folder, folder)
     tiny = load_checkpoint(str(tiny_folder))
-    save(small_prior(tiny.text_encoder.config.hidden_size), folder / "color_prior")
-    save(small_regions(len(tiny.tokenizer)), folder / "noun_regions")
+    save_beside(small_prior(tiny.text_encoder.config.hidden_size), folder / "color_prior")
+    save_beside(small_regions(len(tiny.tokenizer)), folder / "noun_regions")
     return folder
 
 
 def test_a_saved_prior_is_the_same_up_to_half_precision(tmp_path):
     prior = small_prior()
-    save(prior, tmp_path / "prior")
+    save_beside(prior, tmp_path / "prior")
     again = load(ColorPrior, tmp_path / "prior").eval()
     lightness, embeds = torch.rand(2, 1, 48, 64) * 100, torch.randn(2, 7, 32)
     chroma = prior(lightness, embeds)
