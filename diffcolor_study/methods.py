@@ -100,9 +100,8 @@ METHODS: dict[str, Method] = {
     "no-gain": Method(_with(prior_gain=1.0), "the colour prior's chroma as it is"),
     "no-steering": Method(_with(stage2={"steer_words": False}), "what the model made of a word stays"),
     "no-projection": Method(_with(sampling={"project_luminance": False}), "without luminance projection"),
-    "no-tiny-vae": Method(
-        _with(stage1={"tiny_decoder": False}, sampling={"tiny_projection": False}),
-        "the checkpoint's VAE where a tiny one may stand in",
+    "tiny-vae": Method(
+        _with(stage1={"tiny_decoder": True}, sampling={"tiny_projection": True}), "the tiny VAE where it may stand in"
     ),
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
     "no-propagation": Method(_with(alignment={"propagate": False}), "chroma not solved for anew along edges"),

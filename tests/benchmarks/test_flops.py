@@ -106,6 +106,6 @@ def test_the_presets_for_real_checkpoints_cost_what_is_promised():
     sd15 = json.loads(TABLE.read_text())["sd15"]
     for name, divisor in (("standard", 5), ("fast", 25), ("instant", 100)):
         assert sd15[name]["tflop"] <= sd15["paper"]["tflop"] / divisor
-        assert sd15[f"{name}, tiny VAE"]["tflop"] < 0.75 * sd15[name]["tflop"]
+        assert sd15[f"{name}, tiny VAE"]["tflop"] < 0.9 * sd15[name]["tflop"]
     assert sd15["standard"]["peak_gib"]["1"] <= 10
     assert sd15["standard"]["peak_gib"]["8"] <= 16
