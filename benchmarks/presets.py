@@ -22,7 +22,7 @@ from diffcolor_study.runner import Scores, run_study, summarise
 from support.record import record
 
 BATCH = 8
-FIGURES = ("object_color_accuracy", "all_right_per_image", "edit_success", "leakage", "fit_seconds", "recolor_seconds")
+FIGURES = ("object_color_accuracy", "all_right_per_image", "edit_success", "leakage")
 
 
 def scores_of(checkpoint: Checkpoint, task: str, method: str, seed: int, out: Path) -> Scores:
