@@ -328,10 +328,11 @@ def main(
         for one in name or [n for n, settings in PRESETS.items() if not settings.color_prior]:
             rank = {"stage1.adapter_rank": SDXL_RANK, "stage2.adapter_rank": SDXL_RANK} if key == "sdxl" else {}
             settings = preset(one, rank)
-            figures[key][one] = table(counter, settings)
+            rows = {one: table(counter, settings)}
             if settings.stage1.tiny_decoder or settings.sampling.tiny_projection:
-                figures[key][f"{one}, tiny VAE"] = table(with_tiny, settings)
-            print(key, json.dumps(figures[key], indent=1), flush=True)
+                rows[f"{one}, tiny VAE"] = table(with_tiny, settings)
+            print(key, json.dumps(rows), flush=True)
+            figures[key] |= rows
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -49,7 +49,6 @@ def main(
     """Run what is not finished, then compare each preset with the first, scene by scene."""
     torch.set_num_threads(1)
     checkpoint, methods = load_checkpoint("demo"), method or ["standard", "fast", "instant"]
-    tables = {}
     for name in task or ("full-prompt", "edit"):
         scores: dict[str, Scores] = {one: {} for one in methods}
         for eight in range(seed, seed + num // BATCH):
@@ -57,8 +56,8 @@ def main(
                 for figure, values in scores_of(checkpoint, name, one, eight, out).items():
                     scores[one].setdefault(figure, []).extend(values)
             print(f"{name}: {(eight - seed + 1) * BATCH} of {num} scenes", flush=True)
-        tables[name] = summarise(scores)
-    record(json_file, methods[0], {"seed": seed, **tables}, "torch", "diffusers")
+        figures = {"seed": seed, "task": name, "methods": summarise(scores)}
+        record(json_file, f"{name}, {methods[0]}", figures, "torch", "diffusers")
 
 
 if __name__ == "__main__":
