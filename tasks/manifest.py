@@ -262,6 +262,7 @@ def query(output: Store, sql: str) -> duckdb.DuckDBPyRelation:
     is also the table `columns`. Raises ManifestError for anything but a single query, and for one that DuckDB
     refuses.
     """
+    # A query cannot read a view that it does not name. One that names none is wrong: all are made, for DuckDB's hint.
     connection = connect(output, views=[view for view in VIEWS if view in sql.lower()] or VIEWS)
     if described := _DESCRIBE.fullmatch(sql):
         sql = f"""select column_name as "column", column_type as type, unit, description, since

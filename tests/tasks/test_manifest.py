@@ -250,6 +250,30 @@ def test_a_view_over_a_large_compacted_manifest_streams_to_its_end(tmp_path, num
         assert sum(batch.num_rows for batch in reader) == expected
 
 
+def test_only_the_views_that_are_asked_for_are_made(tmp_path, monkeypatch):
+    """Each reads the footers of all its parts, which costs on an object store."""
+    output = Store(f"memory://{tmp_path}")
+    for number in range(3):
+        commit_part(output, f"p{number}", [row(image=f"{number}.png", generation=1)])
+    opened = []
+    store, plain = type(output.fs), type(output.fs)._open
+    monkeypatch.setattr(store, "_open", lambda *args, **kwargs: opened.append(1) or plain(*args, **kwargs))
+
+    def opened_by(**views):
+        opened.clear()
+        connect(output, **views)
+        return len(opened)
+
+    assert 3 <= opened_by(views=["attempts"]) < opened_by(views=["results"]) < opened_by()
+
+
+@pytest.mark.parametrize("sql", ['select count(*) from "Results"', "SELECT COUNT(*) FROM RESULTS", "select 2"])
+def test_a_query_finds_the_views_that_it_names(output, sql):
+    for number in range(2):
+        commit_part(output, f"p{number}", [row(image=f"{number}.png", generation=1)])
+    assert query(output, sql).fetchall() == [(2,)]
+
+
 def test_results_are_published_once_for_the_same_parts(output, monkeypatch):
     commit_part(output, "p1", [row(generation=1)])
     publish_results(output)
