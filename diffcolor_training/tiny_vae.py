@@ -1,6 +1,6 @@
 """Distill a tiny VAE from the VAE of a checkpoint, on rendered scenes and on mixtures of their latents.
 
-python -m diffcolor_training.tiny_vae demo out/demo-tiny        (15 minutes; resumes)
+python -m diffcolor_training.tiny_vae demo out/demo-tiny        (40 minutes beside other work; resumes)
 
 Writes a copy of the checkpoint with `tiny_vae` in its folder. For Stable Diffusion there are published ones (TAESD).
 """
