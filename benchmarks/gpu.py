@@ -4,9 +4,9 @@ python -m benchmarks.gpu correct --json benchmarks/results/gpu.json
 python -m benchmarks.gpu speed --json benchmarks/results/gpu.json
 python -m benchmarks.gpu busy --json benchmarks/results/gpu.json       (needs an S3 server; see support/s3_server.py)
 
-No GPU was at hand when this was written, so the times that the commands take are not known. On a CPU (`--device cpu
---scale 0.05`) they run too, to test them. References: R0 is the paper's recipe in float32, one photograph at a time;
-R1 the same in bfloat16 with TF32 and PyTorch's fused Adam.
+No GPU was at hand when this was written, so the times that the commands take are not known. With `--device cpu` they
+run on a CPU too, to test them. References: R0 is the paper's recipe in float32, one photograph at a time; R1 the same
+in bfloat16 with TF32. The presets have a tiny VAE beside the checkpoint, which the references do not use.
 """
 
 import statistics
@@ -22,6 +22,7 @@ import fsspec
 import numpy as np
 import torch
 import typer
+from diffusers import AutoencoderTiny
 
 from benchmarks.flops import Counter, meta_checkpoint
 from diffcolor_core import DiffColor, Picture, preset
@@ -81,6 +82,12 @@ def scan(number: int, height_px: int = 512, width_px: int = 512) -> bytes:
     """A gray picture as PNG."""
     pixels = gray_picture(height_px, width_px, seed=number)
     return Picture(np.repeat(pixels[..., None], 3, axis=-1)).encode_png()
+
+
+def save_model(folder: Path, scale: float) -> Path:
+    """SD 1.5 with random weights, and beside it a tiny VAE as large as TAESD."""
+    AutoencoderTiny().save_pretrained(save_architecture(folder, "1.5", scale) / "tiny_vae")
+    return folder
 
 
 def fit_all(pipe: DiffColor, photographs: Sequence[ToFit]) -> list[Fit]:
@@ -145,7 +152,7 @@ def speed(
     matmul = matmul_tflops(device)
     chosen = contenders or list(CONTENDERS)
     with tempfile.TemporaryDirectory() as folder:
-        save_architecture(Path(folder), "1.5", scale)
+        save_model(Path(folder), scale)
         for _ in range(repeats):
             for name in chosen:
                 for batch in batches or (1, 4, 8, 16):
@@ -154,7 +161,8 @@ def speed(
                         rows.setdefault((name, batch), []).append(row)
                         print(name, batch, row, flush=True)
         whole = measured(Path(folder), CONTENDERS["fast"], 1, size_px, device, parts=(PARTS[0], 1.0))
-    counter = Counter(meta_checkpoint(meta_networks(scale)), size_px)
+    with torch.device("meta"):
+        counter = Counter(meta_checkpoint(build_networks("1.5", scale), tiny_vae=AutoencoderTiny()), size_px)
     figures: dict[str, Any] = {"device": device, "scale": scale, "repeats": repeats, "matmul_tflops": matmul}
     for (name, batch), found in rows.items():
         median = {key: statistics.median(row[key] for row in found) for key in found[0]}
@@ -215,14 +223,7 @@ def measured(
         "steps_seconds": steps_seconds,
         "recolor_seconds": one_recolor,
         "fit_over_recolor": fit_seconds / batch / one_recolor,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan"),
-    }
-
-
-def meta_networks(scale: float) -> Any:
-    """SD 1.5's networks without data."""
-    with torch.device("meta"):
-        return build_networks("1.5", scale)
+    } | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {})
 
 
 def matmul_tflops(device: str, side: int = 8192) -> float:
@@ -260,7 +261,7 @@ def busy(
         s3 = fsspec.filesystem("s3")
         for number in range(images):
             s3.pipe_file(f"busy/archive/{number}.png", scan(number, side_px * 2 // 3, side_px))
-        model = save_architecture(Path(temporary, "model"), "1.5", scale)
+        model = save_model(Path(temporary, "model"), scale)
         working_size = [] if size_px is None else ["--set", f"working_size_px={size_px}"]
         command = [
             sys.executable,

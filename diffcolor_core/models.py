@@ -264,7 +264,7 @@ class XLCheckpoint(Checkpoint):
 
 
 @contextmanager
-def recomputing(*networks: AutoencoderKL | UNet2DConditionModel) -> Iterator[None]:
+def recomputing(*networks: AutoencoderKL | AutoencoderTiny | UNet2DConditionModel) -> Iterator[None]:
     """Graphs that are built here keep nothing inside the networks' blocks: the backward pass computes them again."""
     for network in networks:
         network.enable_gradient_checkpointing()

@@ -1,7 +1,6 @@
 """The benchmarks follow the code that they measure: the quickest one is run, the others are at least imported."""
 
 import json
-import math
 import runpy
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def test_the_benchmark_of_gpus_runs_on_a_cpu(tiny_folder, tmp_path):
     assert figures["delta_e_bfloat16"] > 0
     row = gpu.measured(tiny_folder, gpu.CONTENDERS["fast"], 2, 32, "cpu")
     assert row["recolor_seconds"] > 0
-    assert math.isnan(row["peak_gib"])
+    assert row.keys() >= {"seconds", "steps_seconds", "fit_over_recolor"}
 
 
 def test_the_workers_of_the_benchmarks_load():

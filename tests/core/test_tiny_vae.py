@@ -60,7 +60,7 @@ def test_a_picture_that_has_the_scans_luminance_already_stays(checkpoint):
     assert stays < 0.05 * moves
 
 
-def test_clip_sees_what_it_decodes(checkpoint, monkeypatch):
+def test_clip_sees_what_it_decodes(checkpoint):
     """And the gradient is that of CLIP on its picture."""
     features = checkpoint.clip_text_features(["a ball", "gray"])
     settings = Stage1Settings(tiny_decoder=True, temperature=0.1)
@@ -89,7 +89,7 @@ def test_the_vae_decodes_only_pictures_that_are_kept(checkpoint, monkeypatch, ti
     pipe = DiffColor(checkpoint, settings)
     result = pipe.recolor(pipe.fit(scan_bytes(), CONTEXT), TARGET)
     assert result.metrics["p99_abs_delta_l"] <= 0.5
-    steps = len(range(4)) + round(4 * SamplingSettings().strength)
+    steps = 4 + round(4 * SamplingSettings().strength)
     assert calls.count(False) == 2 + (0 if tiny else 2 + steps)
     assert calls.count(True) == (2 + steps if tiny else 0)
 
