@@ -1,6 +1,7 @@
 """One round of the most telling faults; `make chaos` injects all of them again and again."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -16,20 +17,16 @@ def bench(tmp_path_factory, tiny_folder):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
-    [
-        "SIGKILL of the actor, mid-image",
-        "SIGKILL of the whole run at a random moment",
-        "Ctrl-C",
-    ],
+    ["SIGKILL of the actor, mid-image", "SIGKILL of the whole run at a random moment", "Ctrl-C"],
 )
 def test_nothing_is_lost_doubled_changed_or_left_behind(bench, tmp_path, name):
     FAULTS[name][0](bench, str(tmp_path / "out"), 1, random.Random(1)).check()
 
 
 @pytest.fixture(scope="module")
-def bench_on_s3(tmp_path_factory, tiny_folder, s3_environment):
-    folder = tmp_path_factory.mktemp("faults-s3")
-    return Bench.prepare(folder, tiny_folder, outputs="s3://diffcolor-tests/faults", environment=s3_environment)
+def bench_on_s3(bench, s3_environment):
+    """The same archive, whose pictures must be those of the undisturbed run on the local disk."""
+    return replace(bench, outputs="s3://diffcolor-tests/faults", environment=s3_environment)
 
 
 @pytest.mark.timeout(900)
