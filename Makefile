@@ -18,7 +18,8 @@ setup: .venv/.installed  ## Create .venv with the pinned versions; the other com
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Python compiles what is imported when it is imported; all the rest would take two minutes.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup  ## Colorize photographs into out/photographs and rendered scenes into out/demo, in 7 minutes with the set-up.
