@@ -52,6 +52,11 @@ _TRAINED = {"num_steps": 24, "learning_rate": 2e-5, "temperature": 0.05, "max_ti
 _FITTED = {"embedding_steps": 40, "embedding_learning_rate": 1e-2, "model_steps": 40, "model_learning_rate": 1e-3}
 
 
+def _imagic(settings: Settings) -> Settings:
+    fits = {} if settings.stage2.model_steps else _FITTED  # preset `photo` takes no steps, and imagic is nothing else
+    return _with(**_PLAIN, stage2={"alpha": 1.2, **_PAPERS, **fits}, sampling=_OFF)(settings)
+
+
 def chosen_methods(names: Iterable[str]) -> dict[str, Method]:
     """The methods of these names. Raises ValueError for an unknown name, listing the known ones."""
     listed = list(names)
@@ -70,10 +75,7 @@ METHODS: dict[str, Method] = {
     "text-to-image": Method(
         _with(**_PLAIN, stage2=_NO_FIT, sampling={**_OFF, "strength": 1.0}), "from pure noise, luminance lock"
     ),
-    "imagic": Method(
-        _with(**_PLAIN, stage2={"alpha": 1.2, **_PAPERS}, sampling=_OFF),
-        "stage 2 on the gray picture, without stage 1",
-    ),
+    "imagic": Method(_imagic, "stage 2 on the gray picture, without stage 1"),
     "stage1": Method(
         _with(stage1={"enabled": True}, stage2={"embedding_steps": 0, "model_steps": 0}),
         "stage 1 alone, fitted to the target prompt",
@@ -106,6 +108,7 @@ METHODS: dict[str, Method] = {
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
     "no-propagation": Method(_with(alignment={"propagate": False}), "chroma not solved for anew along edges"),
     # what is off in preset `photo`
+    "alpha-1.0": Method(_with(stage2={"alpha": 1.0}), "the prompt's words count twice as much as in `full`"),
     "unet": Method(
         _with(color_prior=False, sampling={"strength": 0.8}), "sampled from the gray picture, without the colour prior"
     ),
