@@ -3,14 +3,13 @@
 python -m benchmarks.presets --json benchmarks/results/presets.json                              (5 hours; resumes)
 python -m benchmarks.presets --method paper --method standard --num 16 --json ...                (4 hours; resumes)
 
-The demo model, at learning rates that suit it. Scenes are drawn eight at a time, each eight from a seed of its own, and
-their scores are kept in OUT as soon as they are there. A preset is *not inferior* in a figure if the whole 95%
-interval of its paired differences is better than 3 points less.
+The demo model, at learning rates that suit it. Scenes are drawn eight at a time, each eight from a seed of its own. All
+scores are kept in the JSON file at once, so the scenes of several sessions add up. A preset is *not
+inferior* in a figure if the whole 95% interval of its paired differences is better than 3 points less.
 """
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,21 +18,27 @@ from diffcolor_core.config import PRESETS
 from diffcolor_core.models import Checkpoint, load_checkpoint
 from diffcolor_study.methods import METHODS
 from diffcolor_study.runner import Scores, run_study, summarise
-from support.record import record
+from support.record import record, recorded
 
 BATCH = 8
 FIGURES = ("object_color_accuracy", "all_right_per_image", "edit_success", "leakage")
 
 
 def scores_of(checkpoint: Checkpoint, task: str, method: str, seed: int, out: Path) -> Scores:
-    """The figures of eight scenes; from OUT if they are there."""
-    kept = out / f"{task}-{method}-{seed}.json"
-    if not kept.exists():
-        adapters = METHODS[method].derive(PRESETS["demo"]).stage1.adapter_rank
-        common = {"task": task, "methods": [method], "num": BATCH, "seed": seed, "batch": BATCH if adapters else 1}
-        scores = run_study(checkpoint, PRESETS["demo"], folder=out / str(seed), **common)[method]
-        kept.write_text(json.dumps({figure: scores[figure] for figure in FIGURES if figure in scores}))
-    return json.loads(kept.read_text())
+    """The figures of eight scenes, one value per scene."""
+    adapters = METHODS[method].derive(PRESETS["demo"]).stage1.adapter_rank
+    common: dict[str, Any] = {"task": task, "methods": [method], "num": BATCH, "batch": BATCH if adapters else 1}
+    scores = run_study(checkpoint, PRESETS["demo"], seed=seed, folder=out / str(seed), **common)[method]
+    return {figure: [round(value, 4) for value in scores[figure]] for figure in FIGURES if figure in scores}
+
+
+def joined(scores: dict[str, Scores]) -> Scores:
+    """The scores of several eights, in the order of their seeds."""
+    figures: Scores = {}
+    for seed in sorted(scores, key=int):
+        for figure, values in scores[seed].items():
+            figures.setdefault(figure, []).extend(values)
+    return figures
 
 
 def main(
@@ -43,21 +48,23 @@ def main(
     method: Annotated[
         list[str] | None, typer.Option(help="Presets, the reference first; by default `standard`, `fast`, `instant`.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures and finished parts.")] = Path("out/presets"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Store the figures in this file.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("out/presets"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep scores and figures in this file.")] = None,
 ) -> None:
-    """Run what is not finished, then compare each preset with the first, scene by scene."""
+    """Run what the file does not hold, then compare each preset with the first, scene by scene."""
     torch.set_num_threads(1)
     checkpoint, methods = load_checkpoint("demo"), method or ["standard", "fast", "instant"]
     for name in task or ("full-prompt", "edit"):
-        scores: dict[str, Scores] = {one: {} for one in methods}
+        key = f"{name}, {methods[0]}"
+        kept = recorded(json_file).get(key, {}).get("figures", {}).get("scores", {})
+        scores: dict[str, dict[str, Scores]] = {one: kept.get(one, {}) for one in methods}
         for eight in range(seed, seed + num // BATCH):
-            for one in methods:
-                for figure, values in scores_of(checkpoint, name, one, eight, out).items():
-                    scores[one].setdefault(figure, []).extend(values)
-            print(f"{name}: {(eight - seed + 1) * BATCH} of {num} scenes", flush=True)
-        figures = {"seed": seed, "task": name, "methods": summarise(scores)}
-        record(json_file, f"{name}, {methods[0]}", figures, "torch", "diffusers")
+            new = [one for one in methods if str(eight) not in scores[one]]
+            for one in new:
+                scores[one][str(eight)] = scores_of(checkpoint, name, one, eight, out)
+            if new:
+                figures = summarise({one: joined(parts) for one, parts in scores.items()})
+                record(json_file, key, {"task": name, "methods": figures, "scores": scores}, "torch", "diffusers")
 
 
 if __name__ == "__main__":

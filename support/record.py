@@ -12,5 +12,9 @@ def record(path: Path | None, key: str, figures: Any, *packages: str, gpu: str |
     entry = {"about": about(*packages, gpu=gpu), "figures": figures}
     print(json.dumps({key: entry}, indent=1))
     if path is not None:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | {key: entry}, indent=1) + "\n")
+        path.write_text(json.dumps(recorded(path) | {key: entry}, indent=1) + "\n")
+
+
+def recorded(path: Path | None) -> dict[str, Any]:
+    """The entries of such a file by key; none if there is no file yet."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}

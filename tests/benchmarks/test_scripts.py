@@ -61,5 +61,26 @@ def test_the_benchmark_of_gpus_runs_on_a_cpu(tiny_folder, tmp_path):
     assert row.keys() >= {"seconds", "steps_seconds", "fit_over_recolor"}
 
 
+def test_the_scenes_of_several_sessions_add_up(tmp_path, monkeypatch):
+    from benchmarks import presets
+
+    asked = []
+
+    def scores_of(checkpoint, task, method, seed, out):
+        asked.append((method, seed))
+        return {"leakage": [seed + place + (method == "fast") for place in range(8)]}
+
+    monkeypatch.setattr(presets, "scores_of", scores_of)
+    monkeypatch.setattr(presets, "load_checkpoint", lambda model: None)
+    options = {"seed": 7000, "task": ["edit"], "out": tmp_path, "json_file": tmp_path / "presets.json"}
+    presets.main(num=8, method=["standard", "fast"], **options)
+    presets.main(num=16, method=["standard", "fast", "instant"], **options)
+    assert sorted(asked) == [(name, seed) for name in ("fast", "instant", "standard") for seed in (7000, 7001)]
+    methods = json.loads((tmp_path / "presets.json").read_text())["edit, standard"]["figures"]["methods"]
+    assert {name: row["leakage"]["scenes"] for name, row in methods.items()} == dict.fromkeys(methods, 16)
+    assert methods["fast"]["leakage"]["difference"]["mean"] == 1
+    assert methods["standard"]["leakage"]["mean"] == 7004
+
+
 def test_the_workers_of_the_benchmarks_load():
     run("-c", "import benchmarks.fleet_worker, benchmarks.sleeping_worker, support.poison")
