@@ -130,17 +130,7 @@ def test_an_archive_without_captions_is_coloured_all_the_same(tmp_path, monkeypa
     assert rows == [("a hill under a sky", False), ("a photograph", True)]
 
 
-def test_changed_content_is_coloured_again(small_archive, tiny_folder, tmp_path):
-    arguments = {"archive": str(small_archive), "output": str(tmp_path / "out"), "model": str(tiny_folder)}
-    colorize_archive(**arguments)
-    Image.fromarray(np.full((40, 56), 99, np.uint8)).save(small_archive / "scan 1.png")
-    assert colorize_archive(**arguments)["done_before"] == 4
-    assert ask(tmp_path / "out", "select count(distinct input_sha256) from attempts where image_key='scan 1.png'") == [
-        (2,)
-    ]
-
-
-def test_a_renamed_or_touched_image_is_not_coloured_again(small_archive, tiny_folder, tmp_path):
+def test_a_renamed_or_touched_image_is_not_coloured_again_and_a_changed_one_is(small_archive, tiny_folder, tmp_path):
     output = tmp_path / "out"
     arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
     colorize_archive(**arguments)
@@ -163,6 +153,11 @@ def test_a_renamed_or_touched_image_is_not_coloured_again(small_archive, tiny_fo
         ("scan 0.png", "scan 0.png", 2, True),
         ("scan 0.png", "scan 0.png", 2, True),
     ]
+
+    Image.fromarray(np.full((40, 56), 99, np.uint8)).save(small_archive / "renamed.png")
+    assert colorize_archive(**arguments)["done_before"] == 4
+    changed = "select count(distinct input_sha256) from attempts where image_key = 'renamed.png'"
+    assert ask(output, changed) == [(2,)]
 
 
 def test_of_two_runs_on_one_output_the_second_is_refused(small_archive, tiny_folder, tmp_path):
