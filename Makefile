@@ -31,8 +31,8 @@ demo: setup  ## Colorize photographs into out/photographs and rendered scenes in
 	$(BIN)/diffcolor sheet $(OUT) out/scenes.jpg
 	@echo "look at out/photographs/report/index.html and $(OUT)/report/index.html; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
-test: setup  ## Run all tests in two processes, with real local Ray and Prefect servers.
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+test: setup  ## Run all tests, with real local Ray and Prefect servers.
+	$(BIN)/pytest
 
 lint: setup  ## Check format, style, types, import contracts and the Dockerfile.
 	$(BIN)/ruff check .

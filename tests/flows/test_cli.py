@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffcolor_core import DiffColor, __version__
-from flows.cli import app
+from flows.cli import app, common
 from flows.cli.coloring import _warn_of_demo
 from flows.cli.common import notes
 from flows.cli.options import checked
@@ -79,7 +79,8 @@ def test_shells_can_complete(run):
     assert "--install-completion" in run("--help")
 
 
-def test_one_picture(run, small_archive, tiny_folder, tmp_path):
+def test_one_picture(run, small_archive, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.console, "width", 400)  # so that no line of its table is broken
     out = tmp_path / "one"
     text = run(
         *(
