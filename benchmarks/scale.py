@@ -21,7 +21,8 @@ import typer
 from diffcolor_core import preset
 from support.record import record
 from tasks.archive import read_catalog
-from tasks.manifest import commit_part, compact, query
+from tasks.compaction import compact
+from tasks.manifest import commit_part, query
 from tasks.options import RunOptions
 from tasks.planning import open_plan
 from tasks.records import RunConfig

@@ -12,10 +12,11 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from tasks.columns import APPROVALS_SCHEMA, SCHEMA
+from tasks.compaction import forget_part
 from tasks.errors import UnsafeFileError
 from tasks.layout import APPROVAL, EXPIRED, FILES, FIT_FILES, RESULTS, damaged, is_record, key_of, repair_name
 from tasks.lease import hold_output
-from tasks.manifest import MISSING_OUTPUT, Parts, commit_part, connect, forget_part, list_parts, publish_results
+from tasks.manifest import MISSING_OUTPUT, Parts, commit_part, connect, list_parts, publish_results
 from tasks.storage import Store
 
 

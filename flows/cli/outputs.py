@@ -111,7 +111,7 @@ def compact(output: OutputArgument) -> None:
 
     Example: `diffcolor compact s3://museum/colorized`
     """
-    from tasks.manifest import compact as shrink
+    from tasks.compaction import compact as shrink
     from tasks.storage import Store
 
     with errors_told():

@@ -8,9 +8,10 @@ import pytest
 
 from tasks.approvals import RefusedChoicesError, apply_choices, read_choices
 from tasks.columns import RESULTS_SCHEMA
+from tasks.compaction import compact
 from tasks.errors import ChoicesError, ManifestError
 from tasks.layout import RESULTS, approval
-from tasks.manifest import commit_part, compact, list_approvals, publish_results, query
+from tasks.manifest import commit_part, list_approvals, publish_results, query
 from tasks.verify import repair, verify
 from tests.tasks.test_manifest import row
 

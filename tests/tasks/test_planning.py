@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from diffcolor_core import preset
 from diffcolor_core.prompts import GENERIC_PROMPT
 from tasks.archive import CatalogRow, variant_name
+from tasks.compaction import compact
 from tasks.errors import CatalogError, MissingImageError
-from tasks.manifest import commit_part, compact
+from tasks.manifest import commit_part
 from tasks.options import RunOptions
 from tasks.planning import open_plan, output_below, shard_sizes
 from tasks.records import RunConfig

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.columns import RESULTS_SCHEMA
+from tasks.compaction import compact
 from tasks.layout import RESULTS
 from tasks.lease import hold_output
-from tasks.manifest import commit_part, compact, publish_results, query
+from tasks.manifest import commit_part, publish_results, query
 from tasks.storage import Store
 from tests.tasks.test_manifest import row
 

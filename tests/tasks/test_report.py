@@ -9,9 +9,10 @@ import pytest
 from PIL import Image, ImageColor
 
 from support.outputs import CONTEXT, SCRIPT, TARGETS, make_output, ok_row
+from tasks.compaction import compact
 from tasks.errors import ManifestError, NoManifestError
 from tasks.layout import is_record, key_of, report_thumbnail, report_view
-from tasks.manifest import commit_part, compact
+from tasks.manifest import commit_part
 from tasks.report import build, write_report
 from tasks.report.overview import is_obeyed
 from tasks.report.sheet import MAT, comparison, contact_sheet

@@ -8,28 +8,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.columns import SCHEMA
+from tasks.compaction import compact
 from tasks.errors import ManifestError, OutputBusyError
 from tasks.lease import hold_output
-from tasks.manifest import commit_part, compact, list_parts, publish_results, query
+from tasks.manifest import commit_part, list_parts, publish_results, query
 from tasks.storage import Store
 from tasks.verify import expire_fits, repair, verify
 from tests.conftest import empty_store
 from tests.tasks.test_manifest import row
 
+KINDS = ("local loose", "local compacted", "memory loose")
+ON_S3_TOO = pytest.mark.parametrize("output", [*KINDS, "s3 compacted"], indirect=True)
+"""For a few tests, as S3 takes its time and what is damage does not depend on the store."""
 
-@pytest.fixture(params=["local loose", "local compacted", "memory loose"])
+
+@pytest.fixture(params=KINDS)
 def output(request, tmp_path):
     """Four images in two parts, with primaries, one access copy and one fit, all as it must be."""
-    return made_output(request, tmp_path)
-
-
-@pytest.fixture(params=["local loose", "local compacted", "memory loose", "s3 compacted"])
-def output_anywhere(request, tmp_path):
-    """The same on S3 too, for a few tests: what is damage does not depend on the store, and S3 takes its time."""
-    return made_output(request, tmp_path)
-
-
-def made_output(request, tmp_path):
     kind, form = request.param.split()
     store = empty_store(kind, request, tmp_path)
     with hold_output(store, {"run_id": "r"}) as lease:
@@ -69,8 +64,9 @@ def found(output, **options):
     return [(f.kind, f.key) for f in verify(output, **options)]
 
 
-def test_an_output_as_it_must_be(output_anywhere):
-    assert found(output_anywhere) == []
+@ON_S3_TOO
+def test_an_output_as_it_must_be(output):
+    assert found(output) == []
 
 
 @pytest.mark.parametrize(
@@ -135,7 +131,8 @@ def test_a_fit_that_is_not_whole_is_found_and_given_up(output, key, data, kind):
     assert [key for key, _ in output.list("fits")] == ["fits/ab/abc/expired"]
 
 
-def test_a_store_in_trouble_is_not_a_damaged_part(output_anywhere, monkeypatch):
+@ON_S3_TOO
+def test_a_store_in_trouble_is_not_a_damaged_part(output, monkeypatch):
     read, troubled = Store.read, []
 
     def read_with_trouble(self, key, **options):
@@ -147,11 +144,12 @@ def test_a_store_in_trouble_is_not_a_damaged_part(output_anywhere, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Store, "read", read_with_trouble)
         with pytest.raises(OSError, match="Slow Down"):
-            list(verify(output_anywhere))
+            list(verify(output))
     assert troubled
 
 
-def test_a_part_that_a_compaction_deletes_meanwhile_is_not_damaged(output_anywhere, monkeypatch):
+@ON_S3_TOO
+def test_a_part_that_a_compaction_deletes_meanwhile_is_not_damaged(output, monkeypatch):
     read = Store.read
 
     def overtaken(self, key, **options):
@@ -162,7 +160,7 @@ def test_a_part_that_a_compaction_deletes_meanwhile_is_not_damaged(output_anywhe
         return read(self, key, **options)
 
     monkeypatch.setattr(Store, "read", overtaken)
-    assert found(output_anywhere) == []
+    assert found(output) == []
 
 
 def test_a_part_that_the_pointer_names_but_is_gone_is_found_and_forgotten(output):
@@ -223,15 +221,16 @@ def test_a_link_out_of_the_output_is_a_finding(output, tmp_path):
     assert repair(output, list(verify(output))) == 1
 
 
-def test_damaged_results_are_found_and_written_anew(output_anywhere):
-    publish_results(output_anywhere)
-    whole = output_anywhere.read("results.parquet")
-    assert found(output_anywhere) == []
-    output_anywhere.write("results.parquet", whole[: len(whole) // 2])
-    assert found(output_anywhere) == [("damaged results", "results.parquet")]
-    assert repair(output_anywhere, list(verify(output_anywhere))) == 0
-    assert pq.read_table(io.BytesIO(output_anywhere.read("results.parquet"))).num_rows == 4
-    assert found(output_anywhere) == []
+@ON_S3_TOO
+def test_damaged_results_are_found_and_written_anew(output):
+    publish_results(output)
+    whole = output.read("results.parquet")
+    assert found(output) == []
+    output.write("results.parquet", whole[: len(whole) // 2])
+    assert found(output) == [("damaged results", "results.parquet")]
+    assert repair(output, list(verify(output))) == 0
+    assert pq.read_table(io.BytesIO(output.read("results.parquet"))).num_rows == 4
+    assert found(output) == []
 
 
 def test_results_show_what_a_repair_has_queued(output):
@@ -253,17 +252,18 @@ def test_an_extra_file_is_found_and_left(output):
     assert output.has("letter.txt")
 
 
-def test_a_truncated_part_is_found_and_set_aside(output_anywhere):
-    every = [key for key, _ in output_anywhere.list("manifest") if key.endswith(".parquet")]
+@ON_S3_TOO
+def test_a_truncated_part_is_found_and_set_aside(output):
+    every = [key for key, _ in output.list("manifest") if key.endswith(".parquet")]
     keys = [key for key in every if "latest" in key] or every
-    output_anywhere.write(keys[0], output_anywhere.read(keys[0])[:-100])
-    kinds = found(output_anywhere)
+    output.write(keys[0], output.read(keys[0])[:-100])
+    kinds = found(output)
     assert kinds[0] == ("damaged part", keys[0])
     assert all(kind == "extra" for kind, _ in kinds[1:])  # files whose rows were in it
-    repair(output_anywhere, list(verify(output_anywhere)))
-    assert output_anywhere.has(f"damaged/{keys[0]}")
+    repair(output, list(verify(output)))
+    assert output.has(f"damaged/{keys[0]}")
     left = 4 if "compacted" in keys[0] else 2  # what a compaction has replaced is there still
-    assert query(output_anywhere, "select count(*) from results").fetchall() == [(left,)]
+    assert query(output, "select count(*) from results").fetchall() == [(left,)]
 
 
 def test_a_flipped_byte_in_a_part_is_found(output):
@@ -287,11 +287,12 @@ def test_a_moved_output_is_still_itself(output, tmp_path):
     assert found(elsewhere) == []
 
 
-def test_no_repair_under_a_running_run(output_anywhere):
-    output_anywhere.delete("images/1/target.png")
-    findings = list(verify(output_anywhere))
-    with hold_output(output_anywhere, {"run_id": "busy"}), pytest.raises(OutputBusyError):
-        repair(output_anywhere, findings)
+@ON_S3_TOO
+def test_no_repair_under_a_running_run(output):
+    output.delete("images/1/target.png")
+    findings = list(verify(output))
+    with hold_output(output, {"run_id": "busy"}), pytest.raises(OutputBusyError):
+        repair(output, findings)
 
 
 def test_without_a_manifest_there_is_nothing_to_verify(tmp_path):
