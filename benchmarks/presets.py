@@ -3,11 +3,13 @@
 python -m benchmarks.presets --json benchmarks/results/presets.json                              (5 hours; resumes)
 python -m benchmarks.presets --method paper --method standard --num 16 --json ...                (4 hours; resumes)
 
-The demo model, at learning rates that suit it. Scenes are drawn eight at a time, each eight from a seed of its own. All
-scores are kept in the JSON file at once, so the scenes of several sessions add up. A preset is *not
-inferior* in a figure if the whole 95% interval of its paired differences is better than 3 points less.
+The demo model, at learning rates that suit it. Scenes are drawn eight at a time, each eight from a seed of its own.
+Their scores go into the JSON file at once, so that several sessions add up; those of which every preset there has the
+scores are compared. A preset is *not inferior* in a figure if the whole 95% interval of its paired differences is
+better than 3 points less.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +34,11 @@ def scores_of(checkpoint: Checkpoint, task: str, method: str, seed: int, out: Pa
     return {figure: [round(value, 4) for value in scores[figure]] for figure in FIGURES if figure in scores}
 
 
-def joined(scores: dict[str, Scores]) -> Scores:
-    """The scores of several eights, in the order of their seeds."""
+def joined(eights: Iterable[Scores]) -> Scores:
+    """The scores of several eights as those of one study."""
     figures: Scores = {}
-    for seed in sorted(scores, key=int):
-        for figure, values in scores[seed].items():
+    for scores in eights:
+        for figure, values in scores.items():
             figures.setdefault(figure, []).extend(values)
     return figures
 
@@ -57,13 +59,14 @@ def main(
     for name in task or ("full-prompt", "edit"):
         key = f"{name}, {methods[0]}"
         kept = recorded(json_file).get(key, {}).get("figures", {}).get("scores", {})
-        scores: dict[str, dict[str, Scores]] = {one: kept.get(one, {}) for one in methods}
-        for eight in range(seed, seed + num // BATCH):
-            new = [one for one in methods if str(eight) not in scores[one]]
+        scores: dict[str, dict[str, Scores]] = {one: {} for one in methods} | kept
+        for eight in map(str, range(seed, seed + num // BATCH)):
+            new = [one for one in methods if eight not in scores[one]]
             for one in new:
-                scores[one][str(eight)] = scores_of(checkpoint, name, one, eight, out)
+                scores[one][eight] = scores_of(checkpoint, name, one, int(eight), out)
             if new:
-                figures = summarise({one: joined(parts) for one, parts in scores.items()})
+                shared = sorted(set.intersection(*map(set, scores.values())))
+                figures = summarise({one: joined(parts[at] for at in shared) for one, parts in scores.items()})
                 record(json_file, key, {"task": name, "methods": figures, "scores": scores}, "torch", "diffusers")
 
 

@@ -73,11 +73,18 @@ def test_the_scenes_of_several_sessions_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(presets, "scores_of", scores_of)
     monkeypatch.setattr(presets, "load_checkpoint", lambda model: None)
     options = {"seed": 7000, "task": ["edit"], "out": tmp_path, "json_file": tmp_path / "presets.json"}
-    presets.main(num=8, method=["standard", "fast"], **options)
+    presets.main(num=16, method=["standard", "fast"], **options)
+    presets.main(num=8, method=["standard", "instant"], **options)
+
+    def figures():
+        return json.loads((tmp_path / "presets.json").read_text())["edit, standard"]["figures"]["methods"]
+
+    scenes = {name: row["leakage"]["scenes"] for name, row in figures().items()}
+    assert scenes == {"standard": 8, "fast": 8, "instant": 8}, "those that all three have"
     presets.main(num=16, method=["standard", "fast", "instant"], **options)
     assert sorted(asked) == [(name, seed) for name in ("fast", "instant", "standard") for seed in (7000, 7001)]
-    methods = json.loads((tmp_path / "presets.json").read_text())["edit, standard"]["figures"]["methods"]
-    assert {name: row["leakage"]["scenes"] for name, row in methods.items()} == dict.fromkeys(methods, 16)
+    methods = figures()
+    assert {name: row["leakage"]["scenes"] for name, row in methods.items()} == dict.fromkeys(scenes, 16)
     assert methods["fast"]["leakage"]["difference"]["mean"] == 1
     assert methods["standard"]["leakage"]["mean"] == 7004
 

@@ -227,7 +227,7 @@ def test_more_prompts_than_a_batch_keep_their_order(checkpoint, monkeypatch):
     together = colors(model, prompts)
     monkeypatch.setattr(stage2, "MAX_BATCH", 2)
     for whole, part in zip(together, colors(model, prompts), strict=True):
-        torch.testing.assert_close(whole, part, atol=0.1, rtol=0)  # rounding differs, colours by tens
+        torch.testing.assert_close(whole, part, atol=0.1, rtol=0)  # two prompts differ by 2 or more
 
 
 def test_the_negative_prompt_is_the_context_without_its_colours(checkpoint, monkeypatch):

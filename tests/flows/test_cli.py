@@ -30,7 +30,7 @@ def run():
     runner = CliRunner()
 
     def call(*arguments: object, code: int = 0) -> str:
-        result = runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "300", "NO_COLOR": "1"})
+        result = runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
         assert result.exit_code == code, result.output
         return result.output
 
