@@ -212,7 +212,7 @@ PRESETS: dict[str, Settings] = {
         stage1=Stage1Settings(num_steps=0, adapter_rank=4),  # of no step: a copy that shares its weights
         alignment=AlignmentSettings(enabled=False, propagate=True),
         stage2=Stage2Settings(
-            embedding_steps=0, model_steps=0, adapter_rank=4, alpha=0.5, keep_unchanged=True, steer_words=True
+            embedding_steps=0, model_steps=0, adapter_rank=4, alpha=1.0, keep_unchanged=True, steer_words=True
         ),
         sampling=SamplingSettings(num_steps=8, strength=0.0),
     ),

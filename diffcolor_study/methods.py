@@ -108,7 +108,7 @@ METHODS: dict[str, Method] = {
     "no-alignment": Method(_with(alignment={"enabled": False}), "without spatial alignment"),
     "no-propagation": Method(_with(alignment={"propagate": False}), "chroma not solved for anew along edges"),
     # what is off in preset `photo`
-    "alpha-1.0": Method(_with(stage2={"alpha": 1.0}), "the prompt's words count twice as much as in `full`"),
+    "alpha-0.5": Method(_with(stage2={"alpha": 0.5}), "the prompt's words count half as much as in `full`"),
     "unet": Method(
         _with(color_prior=False, sampling={"strength": 0.8}), "sampled from the gray picture, without the colour prior"
     ),
