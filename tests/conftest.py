@@ -18,6 +18,8 @@ from tasks.storage import Store
 
 os.environ["DO_NOT_TRACK"] = "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ON_S3_TOO = pytest.mark.parametrize("store", ["local", "memory", "s3"], indirect=True)
+"""For tests of what depends on the store: each takes seconds on S3."""
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +52,9 @@ def s3_url(s3_environment) -> str:
     return f"s3://diffcolor-tests/{uuid.uuid4().hex}"
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory"])
 def store(request, tmp_path) -> Store:
-    """An empty folder on each kind of store."""
+    """An empty folder on a disk and one in memory; with `ON_S3_TOO` on an S3 server too."""
     return empty_store(request.param, request, tmp_path)
 
 
@@ -72,6 +74,18 @@ def chrome() -> Iterator[Browser]:
         pytest.skip(str(error))
     with browser(path) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One real local Ray for all tests that need one in this process."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on loopback
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,15 +16,8 @@ def prefect_server() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def local_ray() -> Iterator[None]:
-    """One real local Ray for all flow tests: the flow uses a Ray that is there already."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on loopback
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def flows_use_it(local_ray: None) -> None:
+    """The flow uses a Ray that is there already."""
 
 
 @pytest.fixture(autouse=True)

@@ -259,14 +259,22 @@ def test_a_run_that_fails_is_told_of_once(webhook, tmp_path, caplog):
     assert SECRET not in caplog.text
 
 
-def test_too_many_quarantined_images_are_told_of_once(webhook, small_archive, tiny_folder, tmp_path, caplog):
+def test_too_many_quarantined_images_are_told_of_once(webhook, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
-    arguments = {"archive": str(small_archive), "model": str(tiny_folder)}
-    colorize_archive(**arguments, output=str(tmp_path / "few"), options=NOTIFY | {"notify_quarantined": 0.25})
+
+    @flow
+    def short(limits: dict[str, float]) -> None:
+        config = a_config(tmp_path, **NOTIFY, **limits)
+        logger = logging.getLogger("nobody")
+        with watched(config) as run, run.showing(RunProgress(4, logger, RunMetrics("short", 4))) as progress:
+            for number, status in enumerate(["ok", "quarantined", "ok", "ok"]):
+                progress.image_done([a_row(number, status)])
+
+    short({"notify_quarantined": 0.25})
     assert webhook == [], "one of four is not more than a quarter"
-    state = colorize_archive(**arguments, output=str(tmp_path / "many"), options=NOTIFY, return_state=True)
+    state = short({}, return_state=True)
     (told,) = webhook
-    assert told["subject"].startswith("diffcolor: many images quarantined: archive, 20")
+    assert told["subject"].startswith("diffcolor: many images quarantined: ")
     assert "1 of 4 images were quarantined, of 4 that this run has to do (1 UnreadableImageError)" in told["body"]
     assert "The limit is 10%" in told["body"]
     assert str(run_of(state)) in told["body"]

@@ -13,6 +13,7 @@ from tasks.errors import ChoicesError, ManifestError
 from tasks.layout import RESULTS, approval
 from tasks.manifest import commit_part, list_approvals, publish_results, query
 from tasks.verify import repair, verify
+from tests.conftest import ON_S3_TOO
 from tests.tasks.test_manifest import row
 
 NOON = "2026-11-25T12:00:00Z"
@@ -57,6 +58,7 @@ APPROVED = ("a.png", "target-1", "approved", "the coat's red is right")
 REJECTED = ("b.png", "target-1", "rejected", "")
 
 
+@ON_S3_TOO
 def test_choices_are_in_the_view_and_in_the_published_results(output, tmp_path):
     assert apply(output, tmp_path, APPROVED, REJECTED) == 2
     assert chosen(output) == [
@@ -178,6 +180,7 @@ def test_a_killed_command_leaves_results_that_the_next_one_mends(output, tmp_pat
     assert "approved" in pq.read_table(io.BytesIO(output.read(RESULTS)))["choice"].to_pylist()
 
 
+@ON_S3_TOO
 def test_many_who_choose_at_once_lose_nothing(tmp_path, store):
     if not store.is_local:
         pytest.skip("threads of one process share a memory store and an S3 client")

@@ -18,6 +18,7 @@ from tasks.captioner import Captioner
 from tasks.captions import caption_archive
 from tasks.errors import CatalogError
 from tasks.storage import Store
+from tests.conftest import ON_S3_TOO
 
 CHURCH, BOAT = "a church on a hill", "a boat on a river"
 
@@ -183,6 +184,7 @@ def test_archives_in_zip_and_tar_files(archive, tiny_blip, tmp_path):
         ]
 
 
+@ON_S3_TOO
 def test_archive_and_catalog_on_any_store(store, tiny_blip):
     scans, out = Store(f"{store.url}/scans"), f"{store.url}/words/catalog.csv"
     fill(scans)

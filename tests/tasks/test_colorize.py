@@ -258,3 +258,10 @@ def test_the_dtype_is_in_the_row_and_if_it_was_chosen_in_the_hash(config):
     hashes = {dtype: with_options(config, dtype=dtype).fit_sha256("a") for dtype in ("auto", "float32", "bfloat16")}
     assert len(set(hashes.values())) == 3
     assert row["config_sha256"] != config.config_sha256("a ball", "a red ball")
+
+
+def test_a_file_that_is_too_large_is_not_read(config, monkeypatch):
+    monkeypatch.setattr("tasks.colorize.MAX_FILE_BYTES", 10)
+    (row,) = run(config)
+    assert (row["status"], row["error_class"]) == ("quarantined", "OversizeError")
+    assert "bytes, the limit is 10" in row["error_message"]

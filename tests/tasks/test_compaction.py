@@ -5,6 +5,7 @@ from tasks.errors import ManifestError
 from tasks.layout import POINTER
 from tasks.manifest import commit_part, connect, list_parts, query
 from tasks.storage import Store
+from tests.conftest import ON_S3_TOO
 from tests.tasks.test_manifest import row
 
 
@@ -20,6 +21,7 @@ def everything(output):
 VIEWS = ("results", "attempts")
 
 
+@ON_S3_TOO
 def test_compaction_changes_no_row_and_deletes_only_what_an_earlier_one_replaced(output):
     commit_part(output, "p1", [row(status="failed", generation=1), row(image="b.png", generation=1)])
     commit_part(
@@ -45,6 +47,7 @@ def test_compaction_changes_no_row_and_deletes_only_what_an_earlier_one_replaced
     assert parts.abandoned == ()
 
 
+@ON_S3_TOO
 @pytest.mark.parametrize("again", [False, True])
 def test_of_compactions_at_once_one_moves_the_pointer(output, monkeypatch, again):
     commit_part(output, "p1", [row(generation=1)])
@@ -91,6 +94,7 @@ def test_a_compaction_that_was_killed_does_not_hinder_the_next(output, monkeypat
     assert not output.has(left)
 
 
+@ON_S3_TOO
 def test_a_part_that_comes_while_it_is_compacted_counts_once(output, monkeypatch):
     commit_part(output, "p1", [row(generation=1)])
     create = Store.create

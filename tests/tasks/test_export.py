@@ -17,6 +17,7 @@ from tasks.layout import EXPORT_TABLE, approval
 from tasks.lease import hold_output
 from tasks.manifest import commit_part, encode_rows
 from tasks.storage import Store
+from tests.conftest import ON_S3_TOO
 from tests.tasks.test_manifest import START, row
 
 
@@ -80,6 +81,7 @@ def test_pictures_go_under_the_archives_own_names_with_a_table(output, destinati
     assert rows[0]["target_prompt"] == "a red, 1"
 
 
+@ON_S3_TOO
 def test_an_export_that_was_stopped_goes_on_and_writes_nothing_twice(output, destination, monkeypatch):
     create, put = Store.create, []
 
@@ -235,6 +237,7 @@ def test_neither_the_output_nor_the_archive_is_a_destination(tmp_path):
 # ------------------------------------------------------------------ bags
 
 
+@ON_S3_TOO
 def test_a_bag_is_valid_and_holds_exactly_what_was_asked_for(output, tmp_path):
     destination = Store(str(tmp_path / "the bag"))
     export(output, destination, bag=True)

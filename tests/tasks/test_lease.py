@@ -10,6 +10,7 @@ from tasks import lease
 from tasks.errors import LeaseLostError, OutputBusyError
 from tasks.lease import hold_output, is_run_open, last_generation, last_record
 from tasks.storage import this_machine
+from tests.conftest import ON_S3_TOO
 
 RECORD = {"run_id": "one", "archive": "in"}
 
@@ -23,6 +24,7 @@ def keys(output):
     return [key for key, _ in output.list("runs")]
 
 
+@ON_S3_TOO
 def test_each_run_gets_the_next_number_and_leaves_an_end(output):
     for number in (1, 2):
         with hold_output(output, RECORD) as held:
@@ -77,6 +79,7 @@ def test_a_stopped_run_ends_as_stopped_even_if_what_comes_after_fails(output, ca
         held.end(None)
 
 
+@ON_S3_TOO
 def test_two_at_once_have_one_winner(output):
     won, lost, start = [], [], threading.Barrier(8)
 
@@ -136,6 +139,7 @@ def test_a_run_of_another_machine_is_watched(output, monkeypatch):
             pass
 
 
+@ON_S3_TOO
 def test_who_has_been_taken_over_stops_writing(output):
     def work():
         with hold_output(output, RECORD) as held:

@@ -14,6 +14,7 @@ from tasks.layout import compaction, part, pointer
 from tasks.lease import hold_output
 from tasks.manifest import commit_part, connect, encode_part, publish_results, query
 from tasks.storage import Store
+from tests.conftest import ON_S3_TOO
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)
 ISSUE_COLUMNS = """run_id, image_key, variant, status, error_class, error_message, attempt, input_uri,
@@ -79,6 +80,7 @@ def test_results_has_the_latest_row_of_each_variant(output):
     assert query(output, "select count(*) from attempts").fetchall() == [(4,)]
 
 
+@ON_S3_TOO
 def test_a_part_is_written_once(output):
     commit_part(output, "p", [row()])
     with pytest.raises(FileExistsError, match="another run has written it"):
@@ -108,6 +110,7 @@ def test_queries_only_read(output, sql, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@ON_S3_TOO
 def test_a_query_reads_nothing_outside_the_manifest(output, tmp_path):
     commit_part(output, "p", [row()])
     secret = tmp_path / "secret.csv"
@@ -182,6 +185,7 @@ def test_a_query_finds_the_views_that_it_names(output, sql):
     assert query(output, sql).fetchall() == [(2,)]
 
 
+@ON_S3_TOO
 def test_results_are_published_once_for_the_same_parts(output, monkeypatch):
     commit_part(output, "p1", [row(generation=1)])
     publish_results(output)
@@ -197,6 +201,7 @@ def test_results_are_published_once_for_the_same_parts(output, monkeypatch):
     assert not output.has("results.parquet")
 
 
+@ON_S3_TOO
 @pytest.mark.parametrize("is_open", [False, True])
 def test_of_publishers_at_once_the_last_one_has_every_row(output, monkeypatch, is_open):
     """Another run commits, publishes and ends while this one writes, and is overwritten with fewer rows."""

@@ -13,8 +13,10 @@ from tasks import storage
 from tasks.errors import InvalidKeyError, NoConditionalPutError, OversizeError, UnsafeFileError
 from tasks.lease import hold_output
 from tasks.storage import Store
+from tests.conftest import ON_S3_TOO
 
 
+@ON_S3_TOO
 def test_write_read_list(store):
     store.write("a/b.txt", b"one")
     store.write("c.txt", b"two")
@@ -36,6 +38,7 @@ def test_a_store_that_refuses_the_credentials_is_named_with_its_own_word(s3_url,
         fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@ON_S3_TOO
 def test_create_has_one_winner(store):
     assert store.create("part", b"first")
     assert not store.create("part", b"second")
@@ -51,6 +54,7 @@ def race(store, key, num_threads):
     assert [found for found, _ in store.list()] == [key]
 
 
+@ON_S3_TOO
 def test_create_has_one_winner_among_threads(store):
     race(store, "part", 16)
     if store.is_local:
@@ -223,6 +227,7 @@ def test_the_probes_of_dead_processes_are_swept():
 # ------------------------------------------------------------------ large files
 
 
+@ON_S3_TOO
 def test_a_file_is_replaced_as_a_whole(store, monkeypatch):
     monkeypatch.setattr(storage, "SINGLE_PUT_BYTES", 10)
     for data in (b"old", b"new" * 2_000_000):
