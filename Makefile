@@ -32,7 +32,8 @@ demo: setup  ## Colorize photographs into out/photographs and rendered scenes in
 	@echo "look at out/photographs/report/index.html and $(OUT)/report/index.html; ask: $(BIN)/diffcolor query $(OUT) 'select * from results'"
 
 test: setup  ## Run all tests, with real local Ray and Prefect servers.
-	$(BIN)/pytest
+	@# One thread: networks this small gain nothing by two, which would wait for each other on a busy machine.
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: setup  ## Check format, style, types, import contracts and the Dockerfile.
 	$(BIN)/ruff check .

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,34 +36,27 @@ class Place:
     output: str
     page: str
     origin: str
-    environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, *words: object, code: int = 0) -> str:
         """stderr of `diffcolor run` or `recolor` with few steps, in a process of its own."""
         command = [sys.executable, "-m", "support.driver", *map(str, words)]
-        variables = os.environ | self.environment
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == code, (words, done.stdout, done.stderr)
         return done.stderr
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(request, small_archive, tiny_folder, tmp_path) -> Place:
-    """A local disk, and a real S3 server whose objects a browser may read."""
+@pytest.fixture
+def place(s3_environment, small_archive, tiny_folder) -> Place:
+    """A real S3 server whose objects a browser may read. A disk is in tests/flows/test_documents.py."""
     Image.fromarray(gray_picture(seed=9)).save(small_archive / "without a caption.png")
-    model = str(tiny_folder)
-    if request.param == "local":
-        page = (tmp_path / "out/report/index.html").as_uri()
-        return Place(str(small_archive), model, str(tmp_path / "out"), page, "file://")
-    environment = request.getfixturevalue("s3_environment")
     server, bucket = fsspec.filesystem("s3"), f"loop-{uuid.uuid4().hex}"
     server.mkdir(bucket)
     reading = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{bucket}/*"}
     server.call_s3("put_bucket_policy", Bucket=bucket, Policy=json.dumps({"Statement": [reading]}))
     server.put(f"{small_archive}/", f"{bucket}/scans/", recursive=True)
-    origin = f"{environment['AWS_ENDPOINT_URL']}/{bucket}/"
+    origin = f"{s3_environment['AWS_ENDPOINT_URL']}/{bucket}/"
     page = f"{origin}out/report/index.html"
-    return Place(f"s3://{bucket}/scans", model, f"s3://{bucket}/out", page, origin, environment)
+    return Place(f"s3://{bucket}/scans", str(tiny_folder), f"s3://{bucket}/out", page, origin)
 
 
 @pytest.fixture

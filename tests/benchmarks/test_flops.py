@@ -58,8 +58,8 @@ def text_flop(monkeypatch):
     [
         {},
         {"stage1.adapter_rank": 4, "stage2.adapter_rank": 4, "stage1.diffusion_target": "noise", "batch_size": 1}
-        | {"alignment.enabled": False, "sampling.project_luminance": False},
-        {"stage1.contrastive_weight": 0, "stage2.regional_prompts": False, "sampling.guidance_scale": 1},
+        | {"alignment.enabled": False, "sampling.project_luminance": False}
+        | {"stage1.contrastive_weight": 0, "stage2.regional_prompts": False, "sampling.guidance_scale": 1},
         {"stage1.tiny_decoder": True, "sampling.tiny_projection": True},
     ],
 )

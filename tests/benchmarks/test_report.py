@@ -2,33 +2,33 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+import typer
+
+from benchmarks.report import main
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def check(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.report", "--check", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_the_committed_page_is_what_the_results_give(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    main(check=True)
 
 
-def test_the_committed_page_is_what_the_results_give():
-    done = check()
-    assert done.returncode == 0, done.stderr
-
-
-def test_another_figure_is_another_page(tmp_path):
+def test_another_figure_is_another_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     results = tmp_path / "results"
     shutil.copytree(RESULTS, results)
     drift = json.loads((results / "drift.json").read_text())
     drift["drift"]["figures"]["wrong_at_borders"]["unet"] += 0.1
     (results / "drift.json").write_text(json.dumps(drift))
-    done = check("--results", str(results))
-    assert done.returncode == 1
-    assert "run `make docs`" in done.stderr
+    with pytest.raises(typer.Exit) as exit:
+        main(check=True, results=results)
+    assert exit.value.exit_code == 1
+    assert "run `make docs`" in capsys.readouterr().err
 
 
 def test_every_result_is_read():

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from diffcolor_core import config
+from support.in_process import in_process
 from support.settings import QUICK
 
 
@@ -25,3 +26,9 @@ def quick_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     """All presets with a few steps: what is tested here is the pipeline."""
     for name in config.PRESETS:
         monkeypatch.setitem(config.PRESETS, name, QUICK)
+
+
+@pytest.fixture
+def without_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are colorized in this process: for tests of what is around the actors, each of which starts for 15 s."""
+    monkeypatch.setattr("flows.colorize_archive.ray_actors", in_process)

@@ -40,6 +40,7 @@ def colored(output: Path) -> set[tuple]:
     }
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_a_model_proposes_a_person_corrects_and_a_run_takes_it(archive, tiny_blip, author, tmp_path):
     def command(*arguments, code=0):
         result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -69,6 +70,7 @@ def test_a_model_proposes_a_person_corrects_and_a_run_takes_it(archive, tiny_bli
     assert "no model 'nonsense'" in command("run", archive, output, "--caption", "nonsense", code=2)
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_a_run_captions_what_nobody_has_and_keeps_what_a_person_corrects(archive, tiny_blip, author, tmp_path):
     output = tmp_path / "out"
     arguments = {"archive": str(archive), "output": str(output), "model": "demo", "caption": str(tiny_blip)}

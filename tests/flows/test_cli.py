@@ -142,6 +142,7 @@ def test_wrong_usage_of_colorize_is_exit_2(run, small_archive, tiny_folder, tmp_
     assert any(part in output for part in message.split("|")), output
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_an_archive_by_command(run, small_archive, tiny_folder, tmp_path):
     output = tmp_path / "out"
     arguments = ("run", small_archive, output, "--model", tiny_folder, "--run-id", "first")
@@ -166,6 +167,7 @@ def test_an_archive_by_command(run, small_archive, tiny_folder, tmp_path):
     assert "UnreadableImageError" in text
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_settings_by_command_hold_for_new_colours_too(run, small_archive, tiny_folder, tmp_path, monkeypatch):
     """And relative paths, wherever the second command is given."""
     output, targets = tmp_path / "out", tmp_path / "targets.csv"

@@ -16,7 +16,7 @@ from prefect.states import Running
 from diffcolor_core import config, read_scan
 from flows.colorize_archive import colorize_archive
 from flows.recolor_archive import recolor_archive
-from support.pictures import gray_picture, make_archive
+from support.pictures import gray_picture
 from tasks.errors import ManifestError, OutputBusyError
 from tasks.lease import hold_output
 from tasks.manifest import query
@@ -136,6 +136,7 @@ def test_an_archive_without_captions_is_coloured_all_the_same(tmp_path, monkeypa
     assert rows[0][4] > 1  # it is not gray
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_a_renamed_or_touched_image_is_not_coloured_again_and_a_changed_one_is(small_archive, tiny_folder, tmp_path):
     output = tmp_path / "out"
     arguments = {"archive": str(small_archive), "output": str(output), "model": str(tiny_folder)}
@@ -218,34 +219,13 @@ def test_after_a_fault_of_the_gpu_its_process_ends_and_the_image_is_tried_again(
     small_archive, tiny_folder, tmp_path, monkeypatch
 ):
     from tasks import actors
-    from tests.flows.deadly import FaultyAcceleratorWorker
+    from tests.flows.faulty import FaultyAcceleratorWorker
 
     output = tmp_path / "out"
     monkeypatch.setattr(actors, "ImageWorker", FaultyAcceleratorWorker)
     summary = colorize_archive(str(small_archive), str(output), model=str(tiny_folder), options={"max_attempts": 2})
     assert (tmp_path / "out.fault").exists()
     assert summary == {"ok": 4, "quarantined": 1, "failed": 0, "done_before": 0}
-
-
-def test_a_deadly_image_in_a_batch_of_four_is_quarantined_alone(tiny_folder, tmp_path, monkeypatch):
-    from tasks import actors
-    from tests.flows.deadly import DeadlyInABatchWorker
-
-    archive = make_archive(tmp_path / "archive", 5)
-    catalog = (archive / "catalog.csv").read_text()
-    (archive / "catalog.csv").write_text(catalog.replace("2.png,a ball on a table", "2.png,a deadly box"))
-    adapters = {"stage1.adapter_rank": 2, "stage2.adapter_rank": 2}
-    options = {"batch": 4, "shard_size": 8, "max_attempts": 1, "run_id": "r", "overrides": adapters}
-    output = tmp_path / "out"
-    monkeypatch.setattr(actors, "ImageWorker", DeadlyInABatchWorker)
-    summary = colorize_archive(str(archive), str(output), model=str(tiny_folder), options=options)
-    assert summary == {"ok": 5, "quarantined": 2, "failed": 0, "done_before": 0}
-    rows = ask(output, "select image_key, status from attempts order by all")
-    assert [key for key, status in rows if status == "quarantined"] == ["2.png", "broken.jpg"]
-    assert [key for key, _ in rows] == ["0.png", "0.png", "1.png", "2.png", "3.png", "4.png", "broken.jpg"]
-    ((message,),) = ask(output, "select error_message from results where image_key = '2.png'")
-    assert "died 1 times on this image" in message
-    assert ask(output, "select count(*) from results where fallback is not null") == [(0,)]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +244,7 @@ def test_a_run_that_cannot_start_says_why(small_archive, tiny_folder, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_tiffs_with_access_copies_and_new_colours_from_the_kept_fits(small_archive, tiny_folder, tmp_path):
     output = tmp_path / "out"
     pictures = {"image_format": "tiff", "access_copy": "jpeg"}

@@ -45,6 +45,7 @@ def demo(small_archive, tiny_folder, tmp_path, monkeypatch):
     return Store("out/demo")
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_the_curators_commands(demo, tmp_path):
     give("run", "examples/archive", "out/demo")
     rows = query(
@@ -75,6 +76,7 @@ def test_the_curators_commands(demo, tmp_path):
     assert len(bag.payload_entries()) == 3
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_the_operators_commands(demo):
     """One after the other on an empty output: first without measurements, at last with all done."""
     told = [give(*words) for words in commands("operate.md")]

@@ -8,7 +8,9 @@ import sys
 
 import fsspec
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from support.pictures import make_archive
 from support.proxy import faulty_proxy
 from support.runs import ROOT
@@ -51,7 +53,6 @@ def test_a_store_sees_no_write(tmp_path, tiny_folder, s3_environment, s3_url):
 
 
 def test_flags_of_a_dry_run_go_with_it():
-    command = [sys.executable, "-m", "support.driver", "run", "in", "out", "--probe"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "go with --dry-run" in done.stderr
+    result = CliRunner().invoke(app, ["run", "in", "out", "--probe"])
+    assert result.exit_code == 2
+    assert "go with --dry-run" in result.output

@@ -43,6 +43,7 @@ from tasks.storage import Store
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "monitoring.md"
 SECRET = "T0PSECRET"  # in the webhook's address
+SECONDS = ("stage1_seconds", "stage2_seconds", "sampling_seconds")
 
 
 def run_of(state: Any) -> UUID:
@@ -77,6 +78,7 @@ def a_row(number: int, status: str, message: str = "not a picture") -> dict[str,
 # ------------------------------------------------------------------ artifacts
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_the_pages_of_a_run(small_archive, tiny_folder, tmp_path):
     evil = "<script>alert(1)<|script> [x](http:|evil) `|`.jpg".replace("/", "|")
     (small_archive / evil).write_bytes(b"no picture")
@@ -267,8 +269,9 @@ def test_too_many_quarantined_images_are_told_of_once(webhook, tmp_path, caplog)
         config = a_config(tmp_path, **NOTIFY, **limits)
         logger = logging.getLogger("nobody")
         with watched(config) as run, run.showing(RunProgress(4, logger, RunMetrics("short", 4))) as progress:
-            for number, status in enumerate(["ok", "quarantined", "ok", "ok"]):
-                progress.image_done([a_row(number, status)])
+            progress.image_done([a_row(0, "quarantined")])
+            for number in (1, 2, 3):
+                progress.image_done([a_row(number, "ok") | dict.fromkeys(SECONDS, 1.0) | {"fit_reused": True}])
 
     short({"notify_quarantined": 0.25})
     assert webhook == [], "one of four is not more than a quarter"

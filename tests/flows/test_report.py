@@ -2,11 +2,13 @@
 
 import csv
 
+import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_a_run_writes_its_report(small_archive, tiny_folder, tmp_path):
     """And `recolor` takes the catalog that the page makes; the report then shows the new colours."""
     out = tmp_path / "out"

@@ -49,6 +49,14 @@ def test_an_image_that_kills_its_actor_is_quarantined_and_the_others_are_done(wo
     assert rows["failing.png"]["error_message"] == "the store is away"
 
 
+def test_an_image_that_kills_the_actor_of_its_batch_is_quarantined_alone(working):
+    with working(workers.DeadlyWorker, batch=4, max_attempts=1) as colorize:
+        rows = colorize("a.png", "deadly.png", "b.png", "c.png")
+    assert {image for image, row in rows.items() if told(row) == ("ok", None)} == {"a.png", "b.png", "c.png"}
+    assert told(rows["deadly.png"]) == ("quarantined", "DeadlyImageError")
+    assert "died 1 times on this image" in rows["deadly.png"]["error_message"]
+
+
 def test_an_image_that_takes_too_long_is_quarantined(working):
     with working(workers.HangingWorker, image_timeout_seconds=2, max_attempts=1) as colorize:
         rows = colorize("a.png", "endless.png", "b.png")

@@ -21,7 +21,6 @@ def everything(output):
 VIEWS = ("results", "attempts")
 
 
-@ON_S3_TOO
 def test_compaction_changes_no_row_and_deletes_only_what_an_earlier_one_replaced(output):
     commit_part(output, "p1", [row(status="failed", generation=1), row(image="b.png", generation=1)])
     commit_part(
@@ -94,7 +93,6 @@ def test_a_compaction_that_was_killed_does_not_hinder_the_next(output, monkeypat
     assert not output.has(left)
 
 
-@ON_S3_TOO
 def test_a_part_that_comes_while_it_is_compacted_counts_once(output, monkeypatch):
     commit_part(output, "p1", [row(generation=1)])
     create = Store.create

@@ -20,10 +20,13 @@ DOC = (Path(__file__).parents[2] / "docs" / "reading.md").read_text(encoding="ut
 EXAMPLES = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 
 
-@pytest.fixture(params=["local", "s3"])
-def output(request, tmp_path):
+@pytest.fixture
+def output(tmp_path):
+    return filled(Store(str(tmp_path / "out")))
+
+
+def filled(store: Store) -> Store:
     """Seven images, one of which was done twice, in parts of three runs with a compaction after two of them."""
-    store = Store(request.getfixturevalue("s3_url") if request.param == "s3" else str(tmp_path / "out"))
     commit_part(store, "000001-0", [row(image=f"{number}.png", generation=1) for number in range(4)])
     compact(store)
     commit_part(store, "000002-0", [row(image="0.png", generation=2, attempt=2), row(image="4.png", generation=2)])
@@ -48,9 +51,8 @@ def test_every_library_is_in_the_examples():
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda code: re.sub(r"\W+", "-", code.splitlines()[0] + code[-30:]))
-def test_an_example_reads_each_row_once_after_compactions_and_beside_a_live_run(output, example):
-    if "import duckdb" in example and ("s3://" in example) == output.is_local:
-        pytest.skip("DuckDB has one example for a local disk and one for S3")
+def test_an_example_reads_each_row_once_after_compactions_and_beside_a_live_run(request, tmp_path, example):
+    output = filled(Store(request.getfixturevalue("s3_url") if "s3://" in example else str(tmp_path / "out")))
     assert run_example(example, output) == 7
     with hold_output(output, {"run_id": "live"}, after=publish_results) as lease:
         commit_part(output, "000004-0", [row(image="late.png", generation=4)])

@@ -18,7 +18,6 @@ from tasks.report.overview import is_obeyed
 from tasks.report.sheet import MAT, comparison, contact_sheet
 from tasks.storage import Store, folder_of, joined
 from tasks.verify import verify
-from tests.conftest import ON_S3_TOO
 
 
 @pytest.fixture
@@ -67,7 +66,6 @@ def names(store: Store, folder: str) -> set[str]:
     return {key for key, _ in store.walk(folder)}
 
 
-@ON_S3_TOO
 def test_a_report_shows_every_result_with_its_pictures(archive, store):
     rows = make_output(archive, store, ["a/1.png", "b & c.png"])
     quarantined = {"image_key": "z.png", "status": "quarantined", "error_class": "UnreadableImageError"}

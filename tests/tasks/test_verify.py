@@ -131,7 +131,6 @@ def test_a_fit_that_is_not_whole_is_found_and_given_up(output, key, data, kind):
     assert [key for key, _ in output.list("fits")] == ["fits/ab/abc/expired"]
 
 
-@ON_S3_TOO
 def test_a_store_in_trouble_is_not_a_damaged_part(output, monkeypatch):
     read, troubled = Store.read, []
 
@@ -252,7 +251,6 @@ def test_an_extra_file_is_found_and_left(output):
     assert output.has("letter.txt")
 
 
-@ON_S3_TOO
 def test_a_truncated_part_is_found_and_set_aside(output):
     every = [key for key, _ in output.list("manifest") if key.endswith(".parquet")]
     keys = [key for key in every if "latest" in key] or every
@@ -287,7 +285,6 @@ def test_a_moved_output_is_still_itself(output, tmp_path):
     assert found(elsewhere) == []
 
 
-@ON_S3_TOO
 def test_no_repair_under_a_running_run(output):
     output.delete("images/1/target.png")
     findings = list(verify(output))

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tasks.records import PlannedImage, RunConfig
@@ -23,6 +24,11 @@ class Worker:
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
         """A row for each variant."""
         return [base_row(self.config, planned, index) | {"status": "ok"} for index in range(len(planned.attempts))]
+
+    def colorize_batch(self, images: Sequence[PlannedImage]) -> Iterator[tuple[int, list[Row]]]:
+        """The position and the rows of each image."""
+        for position, planned in enumerate(images):
+            yield position, self.colorize(planned)
 
 
 class DeadlyWorker(Worker):

@@ -1,28 +1,10 @@
-"""Workers that die, hang or fail, as a decoder or a GPU may."""
+"""A worker whose GPU fails."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffcolor_core import DivergedError, Fit, ToFit
 from tasks.colorize import ImageWorker, Opened
 from tasks.rows import Row
-
-
-class DeadlyInABatchWorker(ImageWorker):
-    """Dies in the fit of a photograph under the prompt "a deadly box", whatever is in the batch with it."""
-
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
-        fit_batch = self.pipe.fit_batch
-
-        def die(photographs: list[ToFit], **more: Any) -> Iterator[Fit | DivergedError]:
-            if any(one.context_prompt == "a deadly box" for one in photographs):
-                os._exit(7)
-            return fit_batch(photographs, **more)
-
-        self.pipe.fit_batch = die  # type: ignore[method-assign,assignment]
 
 
 class FaultyAcceleratorWorker(ImageWorker):
