@@ -111,7 +111,7 @@ class Deployed:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
-    """A server on a free loopback port, what docs/deploy.md has one do, and a worker."""
+    """A server on a free loopback port, what deploy/README.md has one do, and a worker."""
     folder = tmp_path_factory.mktemp("deployed")
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
