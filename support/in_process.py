@@ -33,9 +33,3 @@ class InProcessPool:
     def colorize(self, planned: PlannedImage, timeout_seconds: float, smaller_because: str | None) -> list[Row]:
         """The image's rows. Raises what the worker raises."""
         return self._worker.colorize(planned, smaller_because)
-
-
-@contextmanager
-def in_process(config: RunConfig) -> Iterator[InProcessPool]:
-    """Takes the place of `ray_actors`."""
-    yield InProcessPool(config)

@@ -47,7 +47,7 @@ class Place:
 
 @pytest.fixture
 def place(s3_environment, small_archive, tiny_folder) -> Place:
-    """A real S3 server whose objects a browser may read. A disk is in tests/flows/test_documents.py."""
+    """A real S3 server whose objects a browser may read. Of a disk: tests/flows/test_documents.py."""
     Image.fromarray(gray_picture(seed=9)).save(small_archive / "without a caption.png")
     server, bucket = fsspec.filesystem("s3"), f"loop-{uuid.uuid4().hex}"
     server.mkdir(bucket)

@@ -1,9 +1,10 @@
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
 from diffcolor_core import config
-from support.in_process import in_process
+from support.in_process import InProcessPool
 from support.settings import QUICK
 
 
@@ -17,7 +18,7 @@ def prefect_server() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def flows_use_it(local_ray: None) -> None:
+def ray_is_there(local_ray: None) -> None:
     """The flow uses a Ray that is there already."""
 
 
@@ -30,5 +31,5 @@ def quick_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_actors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are colorized in this process: for tests of what is around the actors, each of which starts for 15 s."""
-    monkeypatch.setattr("flows.colorize_archive.ray_actors", in_process)
+    """Images are colorized in this process, as an actor takes 15 s to start: for tests of what is around actors."""
+    monkeypatch.setattr("flows.colorize_archive.ray_actors", lambda config: nullcontext(InProcessPool(config)))

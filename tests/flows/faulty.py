@@ -10,9 +10,7 @@ from tasks.rows import Row
 class FaultyAcceleratorWorker(ImageWorker):
     """A GPU that fails once, on "scan 1.png"; after that nothing works in its process."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
-        self.poisoned = False
+    poisoned = False
 
     def _colorize(self, opened: Opened, *more: Any) -> list[Row]:
         if opened.asked.work.image_key == "scan 1.png":

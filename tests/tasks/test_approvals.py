@@ -12,6 +12,7 @@ from tasks.compaction import compact
 from tasks.errors import ChoicesError, ManifestError
 from tasks.layout import RESULTS, approval
 from tasks.manifest import commit_part, list_approvals, publish_results, query
+from tasks.storage import Store
 from tasks.verify import repair, verify
 from tests.conftest import ON_S3_TOO
 from tests.tasks.test_manifest import row
@@ -138,6 +139,7 @@ def test_compaction_leaves_choices_alone(output, tmp_path):
     assert not [f for f in verify(output) if "approvals" in f.key]
 
 
+@ON_S3_TOO
 def test_of_two_who_choose_at_once_both_are_kept(output, tmp_path, monkeypatch):
     """The other's file appears between the listing and the commit of this one."""
     create, others = type(output).create, []
@@ -180,10 +182,8 @@ def test_a_killed_command_leaves_results_that_the_next_one_mends(output, tmp_pat
     assert "approved" in pq.read_table(io.BytesIO(output.read(RESULTS)))["choice"].to_pylist()
 
 
-@ON_S3_TOO
-def test_many_who_choose_at_once_lose_nothing(tmp_path, store):
-    if not store.is_local:
-        pytest.skip("threads of one process share a memory store and an S3 client")
+def test_many_who_choose_at_once_lose_nothing(tmp_path):
+    store = Store(str(tmp_path / "out"))  # threads of one process share a memory store and an S3 client
     commit_part(store, "000001-0", [row(f"{n}.png", "v", generation=1, output_sha256=sha256(str(n))) for n in range(3)])
 
     def choose(number):

@@ -35,7 +35,6 @@ class DeadlyWorker(Worker):
     """Dies of "deadly.png", and cannot do "failing.png"."""
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
-        """As it is said of the class."""
         if planned.work.image_key == "deadly.png":
             os._exit(7)
         if planned.work.image_key == "failing.png":
@@ -47,7 +46,6 @@ class HangingWorker(Worker):
     """Never ends with "endless.png"."""
 
     def colorize(self, planned: PlannedImage, smaller_because: str | None = None) -> list[Row]:
-        """As it is said of the class."""
         if planned.work.image_key == "endless.png":
             threading.Event().wait()
         return super().colorize(planned, smaller_because)
