@@ -71,12 +71,7 @@ class Result:
     @cached_property
     def image(self) -> Picture:
         """The picture at the scan's size and bit depth. Raises FitError for a fit that was loaded without its scan."""
-        return self.primary if self.target_prompt is None else self.fit.assemble(self.chroma)
-
-    @property
-    def primary(self) -> Picture:
-        """The primary at the scan's size and bit depth: the picture before any target prompt."""
-        return self.fit.primary_picture
+        return self.fit.primary_picture if self.target_prompt is None else self.fit.assemble(self.chroma)
 
     @cached_property
     def metrics(self) -> dict[str, float]:

@@ -64,7 +64,7 @@ def test_same_seed_same_bytes(pipe, fit):
     again = pipe.fit(scan_bytes(), CONTEXT, seed=5)
     one, two = pipe.recolor(fit, TARGET), pipe.recolor(again, TARGET)
     assert one.image.encode_png() == two.image.encode_png()
-    assert one.primary.encode_png() == two.primary.encode_png()
+    assert one.fit.primary_picture.encode_png() == two.fit.primary_picture.encode_png()
     other = pipe.recolor(pipe.fit(scan_bytes(), CONTEXT, seed=6), TARGET)
     assert float((other.chroma - one.chroma).abs().mean()) > 0.1  # another noise, another picture
 
@@ -84,7 +84,7 @@ def test_recolouring_trains_nothing(pipe, fit, monkeypatch):
 def test_without_a_target_the_result_is_the_primary(pipe, fit):
     result = pipe.recolor(fit)
     assert (result.alpha, result.nouns, result.target_prompt) == (None, (), None)
-    np.testing.assert_array_equal(result.image.pixels, result.primary.pixels)
+    np.testing.assert_array_equal(result.image.pixels, result.fit.primary_picture.pixels)
     assert result.prompt == CONTEXT
 
 
@@ -227,7 +227,7 @@ def test_pictures_and_metrics_are_computed_when_they_are_read(pipe, fit, monkeyp
     assert result.metrics is result.metrics
     assert result.image is result.image
     assert [chroma is result.chroma for chroma in assembled] == [True]  # and no primary
-    assert result.primary is pipe.recolor(anew).image
+    assert result.fit.primary_picture is pipe.recolor(anew).image
     assert len(assembled) == 2
 
 
