@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -56,7 +57,7 @@ BUSY_SQL = """
 
 
 class Contender(NamedTuple):
-    """A preset, what it computes in, and whether float32 products may round to TF32.
+    """A preset, what it computes in, whether float32 products may round to TF32, and whether steps are compiled.
 
     parts: a photograph is measured at these parts of its steps. Its time grows evenly with them, which gives that of
     all steps; if the second part is 1, that is what was measured.
@@ -66,13 +67,16 @@ class Contender(NamedTuple):
     dtype: torch.dtype
     tf32: bool = True
     parts: tuple[float, float] = (0.0, 1.0)
+    compiled: bool = False
 
 
 CONTENDERS = {
     "R0": Contender("paper", torch.float32, tf32=False, parts=(0.0, 0.04)),
     "R1": Contender("paper", torch.bfloat16, parts=(0.0, 0.04)),
     "standard": Contender("standard", torch.bfloat16, parts=(0.0, 0.25)),
+    "standard, compiled": Contender("standard", torch.bfloat16, parts=(0.0, 0.25), compiled=True),
     "fast": Contender("fast", torch.bfloat16),
+    "fast, compiled": Contender("fast", torch.bfloat16, compiled=True),
     "instant": Contender("instant", torch.bfloat16),
 }
 
@@ -114,22 +118,23 @@ def correct(
     device: DeviceOption = "cuda",
     json_file: JsonOption = None,
 ) -> None:
-    """Same bits with other neighbours? How far from a fit alone, and in bfloat16 from float32?"""
+    """Same bits with other neighbours? How far from a fit alone, in bfloat16 from float32, compiled from plain?"""
     settings = scaled_steps(preset("standard", {"stage1.stop_below": 0.0}), steps)
     photographs = [ToFit(scan(number), CONTEXT, number) for number in range(4)]
 
-    def chromas(dtype: torch.dtype, *asked: int) -> list[torch.Tensor]:
-        pipe = DiffColor.from_pretrained(model, settings=settings, device=device, dtype=dtype)
+    def chromas(dtype: torch.dtype, *asked: int, compiled: bool = False) -> list[torch.Tensor]:
+        pipe = DiffColor(replace(load_checkpoint(model, device=device, dtype=dtype), compiled=compiled), settings)
         fits = fit_all(pipe, [photographs[number] for number in asked])
         return [pipe.recolor(fit, TARGET).chroma for fit in fits]
 
     exact = chromas(torch.float32, 0, 1)
     neighbours, alone = chromas(torch.float32, 0, 2), chromas(torch.float32, 0)
-    rough = chromas(torch.bfloat16, 0, 1)
+    rough, compiled = chromas(torch.bfloat16, 0, 1), chromas(torch.float32, 0, 1, compiled=True)
     figures = {
         "same_bits_with_other_neighbours": bool(torch.equal(exact[0], neighbours[0])),
         "delta_e_alone": float((exact[0] - alone[0]).norm(dim=0).mean()),
         "delta_e_bfloat16": float((exact[0] - rough[0]).norm(dim=0).mean()),
+        "delta_e_compiled": float((exact[0] - compiled[0]).norm(dim=0).mean()),
         "delta_e_other_photograph": float((exact[0] - exact[1]).norm(dim=0).mean()),
     }
     record(json_file, "correct", {"device": device, **figures}, *PACKAGES, gpu=gpu_name(device))
@@ -190,7 +195,8 @@ def speed(
 def measured(folder: Path, contender: Contender, batch: int, size_px: int | None, device: str) -> dict[str, float]:
     """Seconds and bytes of a photograph, in a batch of this size."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = contender.tf32
-    pipe = DiffColor(load_checkpoint(str(folder), device=device, dtype=contender.dtype))
+    checkpoint = load_checkpoint(str(folder), device=device, dtype=contender.dtype)
+    pipe = DiffColor(replace(checkpoint, compiled=contender.compiled))
     settings = preset(contender.preset, {"stage1.stop_below": 0.0, "working_size_px": size_px})
     photographs = [ToFit(scan(number), CONTEXT, number) for number in range(batch)]
 

@@ -12,13 +12,9 @@ if TYPE_CHECKING:
     from diffcolor_core.color_terms import ColorReport as ColorReport
     from diffcolor_core.colorizer import DiffColor as DiffColor, Result as Result, ToFit as ToFit
     from diffcolor_core.config import PRESETS as PRESETS, Settings as Settings, preset as preset
-    from diffcolor_core.errors import (
-        DivergedError as DivergedError,
-        FitError as FitError,
-        ModelError as ModelError,
-        UnreadableImageError as UnreadableImageError,
-    )
+    from diffcolor_core.errors import DivergedError as DivergedError, FitError as FitError, ModelError as ModelError
     from diffcolor_core.fits import Fit as Fit
+    from diffcolor_scans.errors import UnreadableImageError as UnreadableImageError
     from diffcolor_scans.images import (
         Picture as Picture,
         Scan as Scan,

@@ -8,7 +8,7 @@ one, else OpenAI's ViT-B/32. A local folder may have a `tiny_vae`, a `color_prio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,7 +40,8 @@ class Checkpoint:
     chunks of tokens can be joined, prompts mixed, and what a token holds is the subclass's own business.
 
     model_id, model_revision: as `identify` gives them. dtype: of the weights, and what the networks compute in
-    (autocast). All inputs and outputs are float32, and so are the weights of colour prior and noun regions.
+    (autocast). All inputs and outputs are float32, and so are the weights of colour prior and noun regions. compiled:
+    whether the UNet is compiled where it has a gradient, which is in the optimisation's steps.
     """
 
     vae: AutoencoderKL
@@ -59,6 +60,7 @@ class Checkpoint:
     tiny_vae: AutoencoderTiny | None = None
     color_prior: ColorPrior | None = None
     noun_regions: NounRegions | None = None
+    compiled: bool = False
     coarsest_map: ClassVar[int] = 2
     """Latent cells along a side of the largest cells of `word_maps`: larger ones do not tell things apart."""
 
@@ -110,15 +112,14 @@ class Checkpoint:
 
     def predict(self, unet: Callable[..., Any], z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """The raw output (eps or v) of `unet`, which is the base one or a fitted copy: like z_t, float32."""
+        if self.compiled and torch.is_grad_enabled():
+            unet = partial(compiled_call(), unet)
         with self.autocast():
             output: Tensor = unet(z_t, t, encoder_hidden_states=prompt_embeds).sample
         return output.float()
 
     def word_maps(self, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> list[Tensor]:
-        """How much cells attend to tokens: [tokens, h', w'] for each layer of the base UNet that is fine enough.
-
-        They are means of the batch and the heads.
-        """
+        """How much cells attend to tokens, the mean of batch and heads: [tokens, h', w'] of each layer that is fine."""
         with recorded_attention(self.unet) as recorder:
             self.predict(self.unet, z_t, t, prompt_embeds)
         (height, width), maps = z_t.shape[-2:], []
@@ -263,6 +264,17 @@ class XLCheckpoint(Checkpoint):
         return super().predict(partial(unet, added_cond_kwargs=more), z_t, t, prompt_embeds[..., :width])
 
 
+@cache
+def compiled_call() -> Callable[..., Any]:
+    """A call of any UNet by torch.compile, which does its work once for each shape and for each kind of training.
+
+    All photographs' copies share it, and what is on the disk (TORCHINDUCTOR_CACHE_DIR) all processes that come later.
+    """
+    torch._dynamo.config.recompile_limit = 64  # 13 shapes, two kinds of training: beyond it nothing is compiled
+    right: dict[str, Any] = {"layout_optimization": False}  # with it, torch 2.13 gives wrong gradients on a CPU
+    return torch.compile(lambda unet, *inputs, **named: unet(*inputs, **named), dynamic=False, options=right)
+
+
 @contextmanager
 def recomputing(*networks: AutoencoderKL | AutoencoderTiny | UNet2DConditionModel) -> Iterator[None]:
     """Graphs that are built here keep nothing inside the networks' blocks: the backward pass computes them again."""
@@ -297,13 +309,9 @@ def compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
     name = str(dtype).removeprefix("torch.")
-    if name == "float16":
-        raise ValueError(
-            "dtype float16: Stable Diffusion's VAE overflows in it, and small gradients vanish without loss scaling; "
-            "give bfloat16, which has the range of float32"
-        )
     if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r}: give auto, float32 or bfloat16")
+        reason = "; Stable Diffusion's VAE overflows in it, and small gradients vanish" if name == "float16" else ""
+        raise ValueError(f"dtype {name!r}{reason}: give auto, float32 or bfloat16")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
 

@@ -16,7 +16,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from diffcolor_core import ColorReport, DiffColor, DivergedError, Fit, FitError, Picture, Result, Scan, ToFit, read_scan
+from diffcolor_core import (
+    ColorReport,
+    DiffColor,
+    DivergedError,
+    Fit,
+    FitError,
+    ModelError,
+    Picture,
+    Result,
+    Scan,
+    ToFit,
+    read_scan,
+)
 from diffcolor_scans.formats import SUFFIX, ImageFormat, encode
 from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
@@ -73,6 +85,8 @@ class ImageWorker:
             dtype=config.options.dtype,
             revision=config.model_revision,
         )
+        if config.options.compile:
+            self.pipe = compiled(self.pipe)
 
     def ready(self) -> str:
         """Answers once the model is loaded: the id of the Ray node, if there is one.
@@ -379,6 +393,16 @@ class ImageWorker:
                 "finished_at": datetime.now(UTC),
             }
         )
+
+
+def compiled(pipe: DiffColor) -> DiffColor:
+    """The same with compiled steps of optimisation. Raises ModelError where PyTorch's compiler does not work."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=pipe.checkpoint.device))
+    except RuntimeError as error:
+        reason = f"PyTorch's compiler does not work on {socket.gethostname()}: {_first_line(error)}"
+        raise ModelError(f"{reason}: install a C++ compiler, or leave out --compile") from error
+    return DiffColor(replace(pipe.checkpoint, compiled=True), pipe.settings)
 
 
 def smaller_pipe(pipe: DiffColor) -> DiffColor:

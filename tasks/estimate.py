@@ -293,16 +293,24 @@ def _known_contents(manifest: DuckDBPyConnection | None) -> Callable[[list[Plann
 
 
 def _same_generations(output: Store, config: RunConfig) -> list[int]:
-    """The runs on this output that had the same model, settings and dtype."""
+    """The runs on this output that had the same model, settings and way to compute."""
 
     def shaped(record: dict[str, Any]) -> dict[str, Any]:
-        return {"dtype": "auto", "batch": 1} | {name: record[name] for name in _SHAPES_TIME if name in record}
+        return {name: record.get(name, before) for name, before in _SHAPES_TIME.items()}
 
     mine = shaped(json.loads(json.dumps(config.record())))
     return [number for number, record in run_records(output) if shaped(record) == mine]
 
 
-_SHAPES_TIME = ("model_id", "model_revision", "settings", "dtype", "batch")
+_SHAPES_TIME = {
+    "model_id": None,
+    "model_revision": None,
+    "settings": None,
+    "dtype": "auto",
+    "batch": 1,
+    "compile": False,
+}
+"""What the time of an image depends on, with its value in runs from before there was a choice."""
 _SECONDS = """
     with images as (
         select any_value(fit_reused) as reused, any_value(width_px::bigint * height_px) as pixels,

@@ -83,6 +83,8 @@ class RunConfig:
             inputs.append(self.options.dtype)
         if self.options.batch > 1:  # sums in another order: the last digits differ
             inputs.append(self.options.batch)
+        if self.options.compile:
+            inputs.append("compiled")
         return json.dumps(inputs)
 
     def fit_sha256(self, context_prompt: str | None) -> str:

@@ -59,6 +59,9 @@ def open_run(asked: RunOptions | RecolorOptions) -> Iterator[Run]:
             f"--batch {options.batch}: photographs share a batch only if each trains adapters of its own, so take "
             "--preset standard or fast, or --set stage1.adapter_rank=4 --set stage2.adapter_rank=4"
         )
+    num_steps = (settings.stage1.num_steps, settings.stage2.embedding_steps, settings.stage2.model_steps)
+    if options.compile and not any(num_steps):
+        raise ValueError("--compile: these settings take no step of optimisation, so there is nothing to compile")
     whole_archive = isinstance(asked, RunOptions)
     required = COLUMNS[:2] if whole_archive else RECOLOR_COLUMNS
     with open_plan(read_catalog(source, options.catalog, required)) as plan:

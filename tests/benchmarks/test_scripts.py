@@ -57,6 +57,7 @@ def test_the_benchmark_of_gpus_runs_on_a_cpu(tiny_folder, tmp_path):
     assert figures["same_bits_with_other_neighbours"]
     assert figures["delta_e_alone"] < 0.01 * figures["delta_e_other_photograph"]
     assert figures["delta_e_bfloat16"] > 0
+    assert figures["delta_e_compiled"] < 0.01 * figures["delta_e_other_photograph"]
     row = gpu.measured(tiny_folder, gpu.CONTENDERS["fast"]._replace(parts=(0.0, 0.05)), 2, 32, "cpu")
     assert row["recolor_seconds"] > 0
     assert row.keys() >= {"seconds", "steps_seconds", "fit_over_recolor"}

@@ -221,6 +221,13 @@ def test_a_batch_without_adapters_is_refused_before_the_run(tmp_path, tiny_folde
         pass
 
 
+def test_compiling_is_refused_where_nothing_is_optimised(tmp_path, tiny_folder):
+    options = RunOptions(archive=str(tmp_path), output=str(tmp_path / "out"), model=str(tiny_folder), compile=True)
+    options = options.model_copy(update={"preset": "instant"})
+    with pytest.raises(ValueError, match="no step of optimisation"), open_run(options):
+        pass
+
+
 def test_shards_hold_whole_batches():
     assert list(shard_sizes(37, 10, 1, 4)) == [8, 8, 8, 8, 5]
     assert list(shard_sizes(37, 8, 4, 4)) == [8, 8, 8, 4, 4, 4, 1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
+from torch._inductor.exc import InvalidCxxCompiler
 
 from diffcolor_core import DiffColor, Settings
 from diffcolor_core.config import SamplingSettings, Stage1Settings, Stage2Settings
@@ -258,6 +259,23 @@ def test_the_dtype_is_in_the_row_and_if_it_was_chosen_in_the_hash(config):
     hashes = {dtype: with_options(config, dtype=dtype).fit_sha256("a") for dtype in ("auto", "float32", "bfloat16")}
     assert len(set(hashes.values())) == 3
     assert row["config_sha256"] != config.config_sha256("a ball", "a red ball")
+
+
+def test_compiled_steps_are_another_fit_and_need_a_compiler(config, monkeypatch):
+    asked = with_options(config, compile=True)
+    assert asked.fit_sha256("a") != config.fit_sha256("a")
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda call: calls.append(call) or call)
+    assert ImageWorker(asked).pipe.checkpoint.compiled
+    assert calls == [torch.sin]
+
+    def broken(_):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ModelError, match="does not work on .*C\\+\\+.*leave out --compile"):
+        ImageWorker(asked)
+    assert not ImageWorker(config).pipe.checkpoint.compiled
 
 
 def test_a_file_that_is_too_large_is_not_read(config, monkeypatch):
