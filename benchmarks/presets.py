@@ -1,6 +1,6 @@
 """Are the quicker presets as good? Presets on the same rendered scenes, compared scene by scene.
 
-python -m benchmarks.presets --json benchmarks/results/presets.json                              (6 hours; resumes)
+python -m benchmarks.presets --json benchmarks/results/presets.json                              (5 hours; resumes)
 python -m benchmarks.presets --method paper --num 24 --json benchmarks/results/presets.json      (3 hours; resumes)
 
 The demo model, at learning rates that suit it. Scenes are drawn eight at a time, each eight from a seed of its own.

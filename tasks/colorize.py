@@ -3,8 +3,6 @@
 import hashlib
 import logging
 import os
-import platform
-import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from diffcolor_core import (
-    ColorReport,
-    DiffColor,
-    DivergedError,
-    Fit,
-    FitError,
-    ModelError,
-    Picture,
-    Result,
-    Scan,
-    ToFit,
-    read_scan,
-)
+from diffcolor_core import ColorReport, DiffColor, DivergedError, Fit, FitError, Picture, Result, Scan, ToFit, read_scan
 from diffcolor_scans.formats import SUFFIX, ImageFormat, encode
+from tasks.device import compiled, device_name, is_accelerator_fault, is_out_of_memory, peak_memory_bytes
 from tasks.errors import AcceleratorFaultError, InvalidKeyError, OversizeError, UnsafeFileError
 from tasks.layout import FILES, FIT_FILES, fit_folder, key_of, picture_stem
 from tasks.logs import Kept, about, log_as_json
@@ -174,7 +161,7 @@ class ImageWorker:
                 except Exception as error:
                     is_batch = False
                     logger.warning("%d images are tried one by one: %s", len(group), _first_line(error))
-                    if _is_out_of_memory(error):
+                    if is_out_of_memory(error):
                         first, why = 1, _first_line(error)
             yield position, self._or_failed(opened.asked, partial(self._make, opened, fit, first=first, why=why))
 
@@ -233,7 +220,7 @@ class ImageWorker:
             except ValueError as error:  # a prompt that cannot be used
                 return self._quarantined(opened, error)
             except (RuntimeError, MemoryError) as error:
-                if way is ways[-1] or not _is_out_of_memory(error):
+                if way is ways[-1] or not is_out_of_memory(error):
                     raise
                 fit, why = None, _first_line(error)
         raise AssertionError("the last way returns or raises")
@@ -247,7 +234,7 @@ class ImageWorker:
         try:
             yield
         except RuntimeError as error:
-            if not _is_accelerator_fault(error):
+            if not is_accelerator_fault(error):
                 raise
             self._gpu_failed = True
             raise AcceleratorFaultError(_first_line(error)) from error
@@ -395,16 +382,6 @@ class ImageWorker:
         )
 
 
-def compiled(pipe: DiffColor) -> DiffColor:
-    """The same with compiled steps of optimisation. Raises ModelError where PyTorch's compiler does not work."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=pipe.checkpoint.device))
-    except RuntimeError as error:
-        reason = f"PyTorch's compiler does not work on {socket.gethostname()}: {_first_line(error)}"
-        raise ModelError(f"{reason}: install a C++ compiler, or leave out --compile") from error
-    return DiffColor(replace(pipe.checkpoint, compiled=True), pipe.settings)
-
-
 def smaller_pipe(pipe: DiffColor) -> DiffColor:
     """The same model at three quarters of the working size, one noise draw a step."""
     side = pipe.settings.working_size_px or pipe.checkpoint.native_size_px
@@ -418,30 +395,3 @@ def _noun(told: ColorReport) -> Row:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has an exception of its own for the GPU, and a RuntimeError with these words for the CPU."""
-    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def _is_accelerator_fault(error: RuntimeError) -> bool:
-    """An error of CUDA or of its libraries other than a lack of memory: the process's CUDA context is lost."""
-    words = ("CUDA error", "cuDNN error", "CUDA driver error")
-    known = isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words)
-    return known and not _is_out_of_memory(error)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's architecture with its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak allocated GPU memory, or this process's peak resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -82,8 +82,8 @@ class PictureOptions(_Options):
     On a CPU each actor takes one thread then: give `--num-actors` as many as there are cores."""
     compile: bool = False
     """Compile the steps of the optimisation with PyTorch's compiler, which needs a C++ compiler beside it and takes
-    minutes for each shape of picture. On a CPU a step gains 8 to 17%; on a GPU nobody has measured it yet. The last
-    digits differ, so that the work is done again."""
+    minutes for each shape of picture. On a CPU it gains little, on a GPU nobody has measured it yet. The last digits
+    differ, so that the work is done again."""
     keep_fits: bool | None = None
     """Keep each fit in `OUTPUT/fits`, so that later prompts need no fitting. A fit is as large as the weights that were
     trained: 3.4 GB for Stable Diffusion 1.5 with `paper`, a few megabytes with adapters. By default fits of up to
