@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from diffcolor_core import models
+from benchmarks.flops import Cost, Stage
+from diffcolor_core import models, preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +67,40 @@ def test_the_benchmark_of_gpus_runs_on_a_cpu(tiny_folder, tmp_path, monkeypatch)
     row = gpu.measured(tiny_folder, gpu.CONTENDERS["fast"]._replace(parts=(0.0, 0.05)), 2, 32, "cpu")
     assert row["recolor_seconds"] > 0
     assert row.keys() >= {"seconds", "steps_seconds", "fit_over_recolor"}
+
+
+def test_the_speed_of_gpus_is_compared_with_the_references(tmp_path, monkeypatch):
+    from benchmarks import gpu
+
+    seconds = {"R0": 36.0, "R1": 18.0, "standard": 4.0, "instant": 1.0}
+
+    def measured(folder, contender, batch, size_px, device):
+        if contender == gpu.CONTENDERS["standard"]._replace(parts=(0.0, 1.0)):
+            return {"seconds": 5.0}
+        (name,) = (name for name in seconds if gpu.CONTENDERS[name] == contender)
+        return {"seconds": seconds[name] / batch**0.5, "steps_seconds": 2.0 * batch**0.5}
+
+    class Counter:
+        def stages(self, settings):
+            assert not settings.stage1.recompute, "what is computed twice is no use of the GPU"
+            assert not settings.stage2.recompute
+            steps = (settings.stage1.num_steps, settings.stage2.embedding_steps, settings.stage2.model_steps)
+            names = ("stage 1", "embedding", "fine-tune")
+            return {name: Stage(count, Cost(1e12, 0)) for name, count in zip(names, steps, strict=True)}
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    monkeypatch.setattr(gpu, "Counter", lambda checkpoint, size_px: Counter())
+    gpu.speed([1, 4], list(seconds), 3, 100, 0.125, 32, "cpu", tmp_path / "gpu.json")
+    figures = json.loads((tmp_path / "gpu.json").read_text())["speed"]["figures"]
+    assert figures["standard"]["4"]["photographs_per_hour"] == 1800
+    assert "4" not in figures["R1"]
+    assert [figures[name]["over_R1"] for name in seconds] == [0.5, 1, 9, 36]
+    assert [figures[name]["over_R0"] for name in seconds] == [1, 2, 18, 72]
+    one, two = preset("standard").stage1, preset("standard").stage2
+    tflop = one.num_steps + two.embedding_steps + two.model_steps
+    assert figures["standard"]["4"]["mfu_nominal"] == pytest.approx(4 * tflop / (2 * 2) / 100)
+    assert "mfu_nominal" not in figures["instant"]["1"], "it takes no steps"
+    assert figures["standard_in_full"] == {"seconds": 5.0}
 
 
 def test_the_scenes_of_several_sessions_add_up(tmp_path, monkeypatch):
