@@ -70,13 +70,13 @@ def folder_of(source: str) -> str:
 
 def _variant_of(path: Path) -> str | None:
     """The variant that a file of weights, or their index, belongs to: "fp16" of `model.fp16.safetensors`."""
-    found = re.search(r"\.(fp16|bf16|non_ema|ema_only)[.-].*safetensors", path.name)
+    found = re.search(r"\.(fp16|bf16|non_ema|ema_only)[.-]", path.name)
     return found[1] if found else None
 
 
-def variant_to_load(source: str) -> str | None:
-    """The variant that is loaded: fp16 if a folder has the UNet in no other form, else the one without a name."""
-    variants = {_variant_of(path) for path in Path(source, "unet").glob("*.safetensors")}
+def variant_to_load(source: str, network: str) -> str | None:
+    """The variant of a network that is loaded: fp16 if its folder has no other form, else the one without a name."""
+    variants = {_variant_of(path) for path in Path(source, network).glob("*.safetensors")}
     return "fp16" if "fp16" in variants and None not in variants else None
 
 
@@ -91,10 +91,10 @@ def identify(model: str, known_revision: str | None = None) -> tuple[str, str]:
     source, commit = resolve(model)
     revision = commit or known_revision or ""
     if commit is None:
-        loaded = (None, variant_to_load(source))  # other variants are not part of what the folder is
         folder = folder_of(source)
         files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
-        files = [path for path in files if _variant_of(path) in loaded]
+        # variants that are not loaded are not part of what the folder is
+        files = [path for path in files if _variant_of(path) in (None, variant_to_load(folder, path.parent.name))]
         if folder != source:  # a single file, whose weights stand for those of the networks in the folder beside it
             read = [Path(folder, part) for part in BESIDE]
             files = [path for path in files if path.suffix != ".safetensors" or {*read} & {*path.parents}]

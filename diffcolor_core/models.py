@@ -270,7 +270,7 @@ def compiled_call() -> Callable[..., Any]:
 
     All photographs' copies share it, and what is on the disk (TORCHINDUCTOR_CACHE_DIR) all processes that come later.
     """
-    torch._dynamo.config.recompile_limit = 64  # 13 shapes, two kinds of training: beyond it nothing is compiled
+    torch._dynamo.config.recompile_limit = 128  # 25 shapes of aspects up to 4, kinds of steps: no more is compiled
     right: dict[str, Any] = {"layout_optimization": False}  # with it, torch 2.13 gives wrong gradients on a CPU
     return torch.compile(lambda unet, *inputs, **named: unet(*inputs, **named), dynamic=False, options=right)
 
@@ -345,20 +345,23 @@ def load_checkpoint(
         if kind != "StableDiffusionPipeline" and not is_xl:
             known = "only StableDiffusionPipeline (1.x and 2.x) and StableDiffusionXLPipeline checkpoints are served"
             raise ModelError(f"{model!r} is {kind}, but {known}: refiners, inpainting and later models need more")
-        common: dict[str, Any] = {"revision": commit, "use_safetensors": True, "dtype": dtype}
-        common["variant"] = variant_to_load(source)
+
+        def of(network: str) -> dict[str, Any]:
+            found = {"subfolder": network, "variant": variant_to_load(source, network), "revision": commit}
+            return found | {"use_safetensors": True, "dtype": dtype}
+
         if folder != source:
             vae, unet, text_encoder = _from_single_file(source, folder, dtype, is_xl)
         else:
-            vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **common)
-            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **common)
-            text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **common)
+            vae = AutoencoderKL.from_pretrained(source, **of("vae"))
+            unet = UNet2DConditionModel.from_pretrained(source, **of("unet"))
+            text_encoder = CLIPTextModel.from_pretrained(source, **of("text_encoder"))
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", revision=commit)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", revision=commit)
         xl: dict[str, Any] = {}
         if is_xl:
             second = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", revision=commit)
-            encoder = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **common)
+            encoder = CLIPTextModelWithProjection.from_pretrained(source, **of("text_encoder_2"))
             empty_is_zero = index.get("force_zeros_for_empty_prompt", True)
             xl = {"text_encoder_2": encoder, "second_padding": second.pad_token_id, "empty_is_zero": empty_is_zero}
             taken = (unet.config.addition_embed_type, unet.config.projection_class_embeddings_input_dim)
