@@ -24,14 +24,14 @@ def compiled(pipe: DiffColor) -> DiffColor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch has an exception of its own for the GPU, and a RuntimeError with these words for the CPU."""
-    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Torch has an exception of its own for the GPU. Its CPU, NVIDIA's libraries and Triton have these words."""
+    words = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def is_accelerator_fault(error: RuntimeError) -> bool:
     """An error of CUDA or of its libraries other than a lack of memory: the process's CUDA context is lost."""
-    words = ("CUDA error", "cuDNN error", "CUDA driver error")
+    words = ("CUDA error", "cuDNN error", "CUDA driver error", "Triton Error [CUDA]")
     known = isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words)
     return known and not is_out_of_memory(error)
 
